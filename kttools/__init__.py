@@ -1,0 +1,1 @@
+"""Offline toolkit: checkpoints to bundles, expert profiling, and the command line."""
