@@ -1,0 +1,76 @@
+# Needs Python 3.10+ with venv, make and a C++17 compiler (gcc 11+ or clang 12+). Everything lands in .venv and build/.
+#   make demo     install, quantize the sample model, ask it one question
+#   make test     install and run all tests
+#   make lint     ruff, mypy, clang-format
+#   make bench    measure the expert engine against this machine's own ceilings
+#   make docs     rewrite the generated pages of docs/
+#   make clean    remove what was built (distclean: .venv too)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+DEMO := build/demo
+
+# Python's own build asks for gcc by name; where only clang is installed, say so.
+ifeq ($(shell command -v g++ 2>/dev/null),)
+ifneq ($(shell command -v clang++ 2>/dev/null),)
+export CC := clang
+export CXX := clang++
+endif
+endif
+
+NATIVE := $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/isa/*.cpp csrc/isa/*.h)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/isa/*.cpp csrc/isa/*.h)
+
+.PHONY: install dev demo test lint bench docs clean distclean
+
+install: $(VENV)/.installed
+dev: $(VENV)/.dev
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first and pinned, so that nothing else in the resolution gets to choose it.
+$(VENV)/.torch: constraints.txt | $(VENV)/.created
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.installed: pyproject.toml $(NATIVE) $(VENV)/.torch
+	$(PIP) setuptools pybind11
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.installed
+	$(BIN)/python -c 'import re; t = open("pyproject.toml").read(); d = re.search(r"^dev = \[(.*?)^\]", t, re.S | re.M)[1]; print(*re.findall(r"\"(.+?)\"", d), sep="\n")' > $(VENV)/dev.txt
+	$(PIP) -r $(VENV)/dev.txt
+	touch $@
+
+demo: install
+	rm -rf $(DEMO)
+	$(BIN)/kttools quantize samples/ds3-nano -o $(DEMO)/ds3-nano-int8-int4
+	$(BIN)/kttools chat $(DEMO)/ds3-nano-int8-int4 -p "What is a mixture-of-experts model?" -n 128 --temp 0
+
+test: dev
+	$(BIN)/python -m pytest
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+bench: install
+	$(BIN)/kttools bench experts
+
+docs: install
+	$(BIN)/python docs/generate_cli.py
+
+clean:
+	rm -rf build out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info runtime/kttools_runtime/_kernels*.so
+	find kttools runtime tests docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f $(VENV)/.installed $(VENV)/.dev
+
+distclean: clean
+	rm -rf $(VENV)
