@@ -153,7 +153,7 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def tensor_blocks(name: str, dtype: str, shape: tuple[int, ...], seed: int) -> Iterator[np.ndarray]:
-    """The tensor's elements in order, a block at a time: ones for norms, Gaussian noise for everything else."""
+    """The elements in order, a block at a time: ones for norms, Gaussian noise for everything else."""
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
     std = WEIGHT_STD if dtype == "BF16" else BIAS_STD
     total = math.prod(shape)
