@@ -1,0 +1,179 @@
+"""Multi-head latent attention (arXiv 2405.04434, 2.1) over the compressed cache.
+
+Prefill goes through full heads: keys and values of the whole context are made from the latent, a bounded block of
+heads at a time. Decode is absorbed: the query is taken into the latent space (q W_UK), attends there as many
+queries on one key head, and only the result is expanded (W_UV), so that a step reads the cache as it lies.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .config import ModelConfig
+from .linear import LinearSpec, Placement
+from .norm import RMSNorm
+from .rope import pair_order, rotate_
+
+# Keys and values that prefill holds at once, in bytes: 8 of DeepSeek-V3's heads at 32k tokens, all heads at 2k.
+HEAD_BLOCK_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers share in one forward pass over new tokens at positions start, start + 1, ...
+
+    rotations: complex64 [num_tokens, 1, qk_rope_head_dim / 2]. mask: [num_tokens, start + num_tokens] of 0 and
+    minus infinity in the attention's dtype, or None where it is not needed: one token, or no context before them.
+    """
+
+    start: int
+    num_tokens: int
+    rotations: Tensor
+    mask: Tensor | None
+
+
+def causal_mask(start: int, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    if start == 0 or num_tokens == 1:
+        return None
+    mask = torch.full((num_tokens, start + num_tokens), -torch.inf, dtype=dtype, device=device)
+    return mask.triu_(start + 1)
+
+
+class LatentAttention:
+    """x [num_tokens, hidden_size] float32 (normed) -> the same shape; appends to its layer of the cache."""
+
+    def __init__(self, config: ModelConfig, placement: Placement, prefix: str) -> None:
+        self.config = config
+        self.dtype = placement.dtype
+        heads, hidden_size = config.num_attention_heads, config.hidden_size
+        self._build_inputs(placement, prefix)
+        kv_b = LinearSpec(f"{prefix}.kv_b_proj", heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self._split_kv_b(placement.matrix(kv_b, config.kv_lora_rank), placement)
+        out = LinearSpec(f"{prefix}.o_proj", hidden_size, has_bias=config.attention_bias)
+        self.o_proj = placement.linear(out, heads * config.v_head_dim)
+
+    def _build_inputs(self, placement: Placement, prefix: str) -> None:
+        """The projections of x: [q | q_a] and kv_a as one group; with q_lora_rank also the second half of q."""
+        config = self.config
+        heads, rank, latent = config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
+        kv_order = _row_order(config, leading=latent, blocks=1)
+        q_order = _row_order(config, leading=config.qk_nope_head_dim, blocks=heads)
+        width = latent + config.qk_rope_head_dim
+        kv_a = LinearSpec(f"{prefix}.kv_a_proj_with_mqa", width, config.attention_bias, kv_order)
+        if rank is None:
+            query = LinearSpec(f"{prefix}.q_proj", heads * config.qk_head_dim, row_order=q_order)
+        else:
+            query = LinearSpec(f"{prefix}.q_a_proj", rank, config.attention_bias)
+            self.q_norm = RMSNorm(placement.vector(f"{prefix}.q_a_layernorm.weight", rank), config.rms_norm_eps)
+            q_b = LinearSpec(f"{prefix}.q_b_proj", heads * config.qk_head_dim, row_order=q_order)
+            self.q_b_proj = placement.linear(q_b, rank)
+        self.inputs = placement.group([query, kv_a], config.hidden_size)
+        self.kv_norm = RMSNorm(
+            placement.vector(f"{prefix}.kv_a_layernorm.weight", latent), config.rms_norm_eps
+        )
+
+    def _split_kv_b(self, kv_b: Tensor, placement: Placement) -> None:
+        """W_UK [heads, qk_nope_head_dim, kv_lora_rank] and W_UV [heads, v_head_dim, kv_lora_rank].
+
+        float32 on the CPU, also in bf16 mode: torch's batched bf16 product of one row takes 23 us where float32
+        takes 3 (ds3-tiny) and the same 1.2 ms at DeepSeek-V3's size (Xeon with AMX, one thread, torch 2.13).
+        """
+        config = self.config
+        dtype = torch.float32 if placement.device.type == "cpu" else placement.dtype
+        per_head = kv_b.to(device=placement.device, dtype=dtype).view(
+            config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank
+        )
+        self.w_uk = per_head[:, : config.qk_nope_head_dim].contiguous()
+        self.w_uv = per_head[:, config.qk_nope_head_dim :].contiguous()
+
+    def __call__(self, x: Tensor, step: Step, cache: Tensor) -> Tensor:
+        """cache: this layer's [capacity, kv_lora_rank + qk_rope_head_dim]; rows start... are written here."""
+        config = self.config
+        query, kv = self.inputs(x)
+        if config.q_lora_rank is not None:
+            query = self.q_b_proj(self.q_norm(query))
+        query = query.view(step.num_tokens, config.num_attention_heads, config.qk_head_dim)
+        rotate_(query[..., config.qk_nope_head_dim :], step.rotations)
+        end = step.start + step.num_tokens
+        self._append(kv, step.rotations, cache[step.start : end])
+        context = cache[:end]
+        heads_out = self._absorbed(query, context) if step.num_tokens == 1 else self._full(query, context, step)
+        return self.o_proj(heads_out)
+
+    def _append(self, kv: Tensor, rotations: Tensor, rows: Tensor) -> None:
+        latent = self.config.kv_lora_rank
+        rows[:, :latent] = self.kv_norm(kv[:, :latent])
+        rows[:, latent:] = rotate_(kv[:, latent:].unsqueeze(1), rotations).squeeze(1)
+
+    def _absorbed(self, query: Tensor, context: Tensor) -> Tensor:
+        """One token: query [1, heads, qk_head_dim] -> [1, heads * v_head_dim].
+
+        The heads are the rows of one attention problem with a single key head; the cached row is both key and
+        value, and the rotary columns of the result are dropped: no copy of the cache, no mask.
+        """
+        nope, latent = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+        per_head = query.transpose(0, 1)
+        absorbed = torch.bmm(per_head[..., :nope].to(self.w_uk.dtype), self.w_uk)
+        rows = torch.cat((absorbed, per_head[..., nope:].to(absorbed.dtype)), dim=-1).to(context.dtype)
+        keys = context.view(1, 1, *context.shape)
+        attended = functional.scaled_dot_product_attention(
+            rows.transpose(0, 1)[None], keys, keys, scale=self.config.softmax_scale
+        )
+        expanded = torch.bmm(
+            attended[0, 0, :, None, :latent].to(self.w_uv.dtype), self.w_uv.transpose(1, 2)
+        )
+        return expanded.view(1, -1).to(torch.float32)
+
+    def _full(self, query: Tensor, context: Tensor, step: Step) -> Tensor:
+        """query [num_tokens, heads, qk_head_dim] -> [num_tokens, heads * v_head_dim]."""
+        config = self.config
+        out = query.new_empty(step.num_tokens, config.num_attention_heads, config.v_head_dim)
+        width = max(config.qk_head_dim, config.v_head_dim)
+        head_bytes = 2 * context.shape[0] * width * context.element_size()
+        block = max(1, HEAD_BLOCK_BYTES // head_bytes)
+        for first in range(0, config.num_attention_heads, block):
+            heads = slice(first, first + block)
+            keys, values = self._expand(context, heads, width)
+            rows = functional.pad(query[:, heads].to(self.dtype), (0, width - config.qk_head_dim))
+            attended = functional.scaled_dot_product_attention(
+                rows.transpose(0, 1)[None],
+                keys.transpose(0, 1)[None],
+                values.transpose(0, 1)[None],
+                attn_mask=step.mask,
+                is_causal=step.mask is None,
+                scale=config.softmax_scale,
+            )
+            out[:, heads] = attended[0, :, :, : config.v_head_dim].transpose(0, 1)
+        return out.view(step.num_tokens, -1)
+
+    def _expand(self, context: Tensor, heads: slice, width: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [context, heads, width] of some heads, zero-padded to one width.
+
+        torch's CPU flash attention wants equal widths; without it the scores of a chunk are materialised and
+        prefill takes six times as long (512 tokens of ds3-tiny: 9.1 ms against 1.4).
+        """
+        config = self.config
+        nope, latent = config.qk_nope_head_dim, config.kv_lora_rank
+        compressed = context[:, :latent]
+        keys = self._up(compressed, self.w_uk[heads], width)
+        keys[..., nope : config.qk_head_dim] = context[:, None, latent:]
+        return keys, self._up(compressed, self.w_uv[heads], width)
+
+    def _up(self, compressed: Tensor, weight: Tensor, width: int) -> Tensor:
+        """compressed [context, kv_lora_rank], weight [heads, dim, kv_lora_rank] -> [context, heads, width]."""
+        heads, dim, latent = weight.shape
+        flat = weight.reshape(heads * dim, latent).to(compressed.dtype)
+        per_head = functional.linear(compressed, flat).view(-1, heads, dim)
+        return per_head if dim == width else functional.pad(per_head, (0, width - dim))
+
+
+def _row_order(config: ModelConfig, leading: int, blocks: int) -> Tensor | None:
+    """Row order of a projection made of `blocks` x (leading rows, rotary rows); see rope.pair_order."""
+    pairs = pair_order(config)
+    if pairs is None:
+        return None
+    block = torch.tensor([*range(leading), *(leading + index for index in pairs)])
+    starts = torch.arange(blocks)[:, None] * block.numel()
+    return (starts + block).flatten()

@@ -1,0 +1,244 @@
+"""The decoder: embedding, layers, norm, head, and the calls a user makes on it."""
+
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .attention import LatentAttention, Step, causal_mask
+from .cache import KVCache
+from .config import ModelConfig
+from .errors import InvalidInputError, UsageError
+from .linear import Linear, LinearSpec, Placement, TorchLinear
+from .mlp import GatedMLP
+from .moe import MoELayer, RoutedExperts
+from .norm import RMSNorm
+from .rope import Rope
+
+if TYPE_CHECKING:
+    from .generate import FinishReason
+    from .tokenizer import Tokenizer
+
+# Tokens per prefill step: enough rows per expert for AMX, little enough activation memory (a [1024, 32k] mask is
+# 64 MiB in bf16). Attention re-expands the context once per step, so much smaller steps cost time.
+DEFAULT_CHUNK_SIZE = 1024
+# Cache length when nobody says: what chat needs, not what max_position_embeddings would reserve.
+DEFAULT_CACHE_LEN = 32768
+
+
+class DecoderLayer:
+    """One transformer layer; the residual stream is float32."""
+
+    __slots__ = ("attention", "attention_norm", "mlp", "mlp_norm")
+
+    def __init__(
+        self,
+        attention_norm: RMSNorm,
+        attention: LatentAttention,
+        mlp_norm: RMSNorm,
+        mlp: GatedMLP | MoELayer,
+    ) -> None:
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def add_to(self, hidden: Tensor, step: Step, cache: Tensor) -> None:
+        """hidden [num_tokens, hidden_size] is updated in place; so is this layer's cache."""
+        hidden += self.attention(self.attention_norm(hidden), step, cache)
+        hidden += self.mlp(self.mlp_norm(hidden))
+
+
+class Model:
+    """A loaded model. One forward pass at a time: the kernels' thread pool is not shared between callers.
+
+    Made by `kttools_runtime.load` or `build_model`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        embedding: Tensor,
+        layers: list[DecoderLayer],
+        norm: RMSNorm,
+        head: Linear,
+        threads: int,
+        cache_len: int | None = None,
+        tokenizer_dir: Path | None = None,
+    ) -> None:
+        self.config = config
+        self.device = placement.device
+        self.dtype = placement.dtype
+        self.threads = threads
+        self.cache_len = cache_len or min(config.max_position_embeddings, DEFAULT_CACHE_LEN)
+        self.layers = layers
+        self._embedding = embedding
+        self._norm = norm
+        self._head = head
+        self._rope = Rope(config, placement.device)
+        self._tokenizer_dir = tokenizer_dir
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        """The model's own tokenizer and chat template, read on first use."""
+        if self._tokenizer is None:
+            from .tokenizer import Tokenizer
+
+            if self._tokenizer_dir is None:
+                raise UsageError("this model was built from weights alone and has no tokenizer")
+            self._tokenizer = Tokenizer(self._tokenizer_dir)
+        return self._tokenizer
+
+    def new_cache(self, cache_len: int | None = None) -> KVCache:
+        """An empty cache for `cache_len` tokens (default: the model's cache_len)."""
+        capacity = self.cache_len if cache_len is None else cache_len
+        if capacity < 1:
+            raise UsageError(f"cache_len must be positive, got {capacity}")
+        return KVCache(self.config, capacity, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int] | Tensor, chunk_size: int | None = None) -> Tensor:
+        """Teacher-forced: float32 [T, vocab_size], row t predicting token t + 1. Independent of any cache."""
+        tokens = self._checked_tokens(token_ids)
+        cache = self.new_cache(len(tokens))
+        out = torch.empty(len(tokens), self.config.vocab_size, device=self.device)
+        for start, chunk in self._chunks(tokens, chunk_size):
+            out[start : start + len(chunk)] = self._head(self._norm(self._forward(chunk, cache)))
+        return out
+
+    @torch.inference_mode()
+    def prefill(
+        self, token_ids: Sequence[int] | Tensor, cache: KVCache, chunk_size: int | None = None
+    ) -> Tensor:
+        """Append token_ids to the cache, chunk_size at a time; float32 [vocab_size] after the last of them.
+
+        Raises InvalidInputError when there are none, one is outside the vocabulary, or they do not fit.
+        """
+        tokens = self._checked_tokens(token_ids)
+        cache.check_room(len(tokens))
+        for _, chunk in self._chunks(tokens, chunk_size):
+            hidden = self._forward(chunk, cache)
+        return self._head(self._norm(hidden[-1:]))[0]
+
+    @torch.inference_mode()
+    def decode(self, token_id: int, cache: KVCache) -> Tensor:
+        """Append one token; float32 [vocab_size] predicting the next."""
+        if not 0 <= token_id < self.config.vocab_size:
+            raise self._outside_vocabulary(token_id)
+        cache.check_room(1)
+        token = torch.tensor([token_id], device=self.device)
+        return self._head(self._norm(self._forward(token, cache)))[0]
+
+    def generate(
+        self,
+        token_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        cache: KVCache | None = None,
+        stop_ids: Sequence[int] | None = None,
+        chunk_size: int | None = None,
+        history: Sequence[int] = (),
+        should_stop: Callable[[], bool] | None = None,
+        **sampling: Any,
+    ) -> "Generator[int, None, FinishReason]":
+        """Yields token ids; `sampling` are the fields of SamplingParams (temperature=0.0 is greedy).
+
+        See kttools_runtime.generate.generate for the rest.
+        """
+        from .generate import generate
+        from .sampling import SamplingParams
+
+        return generate(
+            self,
+            token_ids,
+            max_new_tokens,
+            SamplingParams(**sampling),
+            stop_ids=stop_ids,
+            cache=cache,
+            chunk_size=chunk_size,
+            history=history,
+            should_stop=should_stop,
+        )
+
+    def _forward(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """tokens int64 [T] at the cache's end -> hidden [T, hidden_size] float32 before the last norm."""
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        start, num_tokens = cache.length, tokens.shape[0]
+        mask = causal_mask(start, num_tokens, self.dtype, self.device)
+        step = Step(start, num_tokens, self._rope.rotations(start, num_tokens), mask)
+        hidden = self._embedding[tokens].to(torch.float32)
+        for layer, rows in zip(self.layers, cache.layers, strict=True):
+            layer.add_to(hidden, step, rows)
+        cache.length = start + num_tokens
+        return hidden
+
+    def _chunks(self, tokens: Tensor, chunk_size: int | None) -> list[tuple[int, Tensor]]:
+        size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
+        if size < 1:
+            raise UsageError(f"chunk_size must be positive, got {size}")
+        return [(start, tokens[start : start + size]) for start in range(0, len(tokens), size)]
+
+    def _checked_tokens(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        tokens = torch.as_tensor(token_ids)
+        if tokens.numel() == 0:
+            raise InvalidInputError("the prompt is empty: give at least one token")
+        if tokens.dim() != 1 or tokens.is_floating_point():
+            raise InvalidInputError(f"token ids must be a list of integers, got {tokens.dtype} {list(tokens.shape)}")
+        tokens = tokens.to(device=self.device, dtype=torch.int64)
+        for extreme in (int(tokens.min()), int(tokens.max())):
+            if not 0 <= extreme < self.config.vocab_size:
+                raise self._outside_vocabulary(extreme)
+        return tokens
+
+    def _outside_vocabulary(self, token_id: int) -> InvalidInputError:
+        return InvalidInputError(f"token id {token_id} is outside the vocabulary of {self.config.vocab_size}")
+
+
+def build_model(
+    config: ModelConfig,
+    placement: Placement,
+    experts: Callable[[int], RoutedExperts],
+    *,
+    threads: int,
+    cache_len: int | None = None,
+    num_experts: int | None = None,
+    tokenizer_dir: Path | None = None,
+) -> Model:
+    """A model from canonical weights. experts(layer): the routed experts of a model layer.
+
+    Raises UsageError for a num_experts the router cannot give, InvalidInputError for weights that do not fit.
+    """
+    if num_experts is not None and not 1 <= num_experts <= config.num_experts_per_tok:
+        raise UsageError(f"num_experts must be in 1..{config.num_experts_per_tok}, got {num_experts}")
+    hidden_size = config.hidden_size
+    embedding = placement.source.tensor("model.embed_tokens.weight", (config.vocab_size, hidden_size))
+    embedding = embedding.to(placement.device)
+
+    def norm(name: str) -> RMSNorm:
+        return RMSNorm(placement.vector(f"{name}.weight", hidden_size), config.rms_norm_eps)
+
+    layers = []
+    for index in range(config.num_hidden_layers):
+        prefix = f"model.layers.{index}"
+        attention = LatentAttention(config, placement, f"{prefix}.self_attn")
+        mlp: GatedMLP | MoELayer
+        if config.is_moe(index):
+            mlp = MoELayer(config, placement, f"{prefix}.mlp", experts(index), num_experts)
+        else:
+            mlp = GatedMLP(placement, f"{prefix}.mlp", hidden_size, config.intermediate_size)
+        layer_norms = norm(f"{prefix}.input_layernorm"), norm(f"{prefix}.post_attention_layernorm")
+        layers.append(DecoderLayer(layer_norms[0], attention, layer_norms[1], mlp))
+    head: Linear
+    if config.tie_word_embeddings:
+        # One tensor for both; the kernels' packed form would be a second copy.
+        embedding = embedding.to(placement.dtype)
+        head = TorchLinear(embedding)
+    else:
+        head = placement.linear(LinearSpec("lm_head", config.vocab_size), hidden_size)
+    final_norm = norm("model.norm")
+    return Model(config, placement, embedding, layers, final_norm, head, threads, cache_len, tokenizer_dir)

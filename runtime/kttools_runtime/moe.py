@@ -1,0 +1,58 @@
+"""A mixture-of-experts layer: router and shared experts on the device, routed experts in the CPU engine."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .linear import Placement
+from .mlp import GatedMLP
+from .routing import SigmoidGroupRouter
+
+
+class ExpertLayer(Protocol):
+    """The routed experts of one layer, as `kttools_runtime.experts` provides them."""
+
+    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        """x [T, hidden_size] bf16 or f32, ids int64 [T, k] (-1: none), weights f32 [T, k] -> f32 [T, hidden_size]."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """An expert layer and the dtype its input is rounded to: bf16 experts compute in the dtype they are given."""
+
+    layer: ExpertLayer
+    input_dtype: torch.dtype
+
+
+class MoELayer:
+    """sum of the routed experts + the shared ones; x [num_tokens, hidden_size] float32 -> the same shape."""
+
+    __slots__ = ("experts", "router", "shared")
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        prefix: str,
+        experts: RoutedExperts,
+        num_experts: int | None = None,
+    ) -> None:
+        shape = (config.n_routed_experts, config.hidden_size)
+        weight = placement.source.tensor(f"{prefix}.gate.weight", shape)
+        weight = weight.to(device=placement.device, dtype=torch.float32)
+        bias = placement.vector(f"{prefix}.gate.e_score_correction_bias", config.n_routed_experts)
+        self.router = SigmoidGroupRouter(config, weight, bias, num_experts)
+        self.experts = experts
+        self.shared: GatedMLP | None = None
+        if config.n_shared_experts:
+            name = f"{prefix}.shared_experts"
+            self.shared = GatedMLP(placement, name, config.hidden_size, config.shared_intermediate_size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        expert_ids, weights = self.router(x)
+        rows = x.to(device="cpu", dtype=self.experts.input_dtype)
+        routed = self.experts.layer.forward(rows, expert_ids.cpu(), weights.cpu()).to(x.device)
+        return routed if self.shared is None else routed.add_(self.shared(x))
