@@ -7,16 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from kttools_runtime import strict_json
+from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
 
 from . import deepseek_v3
 from .base import Family, Role, TensorSpec
 from .source import SourceModel, TensorSource
 
-__all__ = ["FAMILIES", "Family", "Role", "SourceModel", "TensorSource", "TensorSpec", "detect", "open_model"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Role",
+    "SourceModel",
+    "TensorSource",
+    "TensorSpec",
+    "canonical_tensors",
+    "detect",
+    "open_model",
+]
 
 FAMILIES: tuple[Family, ...] = (deepseek_v3.FAMILY,)
 MAX_CONFIG_BYTES = 10_000_000
+# Whose names a bundle uses, by attention kind.
+_CANONICAL: dict[str, Family] = {"mla": deepseek_v3.FAMILY}
 
 
 def detect(config: dict[str, Any], where: str = "config.json") -> Family:
@@ -37,6 +50,11 @@ def detect(config: dict[str, Any], where: str = "config.json") -> Family:
     raise UnsupportedModelError(f"{where}: architecture {got:.200} is not supported; supported: {supported}")
 
 
+def canonical_tensors(config: ModelConfig) -> list[TensorSpec]:
+    """Every non-expert tensor of a bundle with this config, under the names of the kind's first family."""
+    return _CANONICAL[config.attention].device_tensors(config)
+
+
 def open_model(path: str | Path) -> SourceModel:
     """Opens a Hugging Face directory (or a file in it): config and headers are read and checked, no data.
 
@@ -54,7 +72,7 @@ def open_model(path: str | Path) -> SourceModel:
     return SourceModel(directory, family, model_config, config, notices)
 
 
-def _read_config(family: Family, config: dict[str, Any], config_file: Path) -> tuple[Any, list[str]]:
+def _read_config(family: Family, config: dict[str, Any], config_file: Path) -> tuple[ModelConfig, list[str]]:
     generation_file = config_file.parent / "generation_config.json"
     generation = (
         strict_json.read_object(generation_file, MAX_CONFIG_BYTES) if generation_file.exists() else {}

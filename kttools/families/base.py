@@ -1,5 +1,6 @@
 """What a family says: which configs are its own, what they mean, and every tensor with its role."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -38,6 +39,10 @@ class TensorSpec:
     name: str
     role: Role
     shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -295,7 +295,7 @@ def experts_prefix(layer: int) -> str:
 
 
 def expert_layouts(config: ModelConfig) -> list[ExpertLayout]:
-    """The hub's one tensor per expert, and what newer transformers save: stacked, gate and up fused or not."""
+    """The hub's one tensor per expert, and what transformers 5 saves: stacked, gate and up fused or not."""
     hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
     wide, tall = (inner, hidden), (hidden, inner)
     layouts = [

@@ -1,5 +1,6 @@
 """A checkpoint matched against its family: every tensor accounted for, checked, and read lazily."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ class SourceModel:
         """Number of parameters of each role that occurs, experts included."""
         counts: dict[Role, int] = {}
         for tensor in self.tensors:
-            counts[tensor.role] = counts.get(tensor.role, 0) + _elements(tensor.shape)
+            counts[tensor.role] = counts.get(tensor.role, 0) + math.prod(tensor.shape)
         config = self.config
         if config.moe_layers:
             each = 3 * config.hidden_size * config.moe_intermediate_size
@@ -216,10 +217,3 @@ class _Matcher:
         self.matched.add(name)
         self.source_bytes += info.bytes
         return info
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -1,0 +1,137 @@
+"""The documents of inspect.py as text for a terminal."""
+
+from typing import Any
+
+MANY_TENSORS = 40
+
+
+def render(report: dict[str, Any]) -> str:
+    """Aligned `name value` lines, the kind first; details of a long list are cut with a count."""
+    rows = {"bundle": _bundle, "checkpoint": _checkpoint, "safetensors": _safetensors, "pack": _pack}
+    lines = [("kind", report["kind"]), ("path", report["path"]), *rows[report["kind"]](report)]
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(f"{name:<{width}}{value}".rstrip() for name, value in lines)
+
+
+def size(count: int) -> str:
+    """Bytes in binary units: 1.50 GiB."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def amount(count: int) -> str:
+    """Parameters in decimal units: 671.03 B."""
+    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= limit:
+            return f"{count / limit:.2f} {unit}"
+    return str(count)
+
+
+Rows = list[tuple[str, str]]
+
+
+def _bundle(report: dict[str, Any]) -> Rows:
+    total = report["bytes"]["total"]
+    bits = 8 * total / report["parameters"]["total"]
+    extra = report["extra_files"]
+    return [
+        ("made by", f"{report['tool']['name']} {report['tool']['version']}"),
+        *_model(report["model"]),
+        *_parameters(report["parameters"]),
+        ("bytes", f"{size(total)} in {len(report['files'])} files, {bits:.2f} bits per parameter"),
+        *((f"  {name}", size(count)) for name, count in report["bytes"]["by_format"].items()),
+        ("expert packs", _packs(report["experts"])),
+        ("linears", ", ".join(f"{count} {name}" for name, count in report["linears"].items()) or "none"),
+        ("recipe", ", ".join(f"{key} {value}" for key, value in sorted(report["recipe"].items()))),
+        *((("not listed", ", ".join(extra)),) if extra else ()),
+        *(
+            ("source", f"{entry['path']}  {size(entry['bytes'])}  sha256 {entry['sha256'][:16]}...")
+            for entry in report["source"]["files"]
+        ),
+        ("manifest", f"sha256 {report['manifest_sha256']}"),
+    ]
+
+
+def _packs(experts: dict[str, Any]) -> str:
+    if not experts:
+        return "none"
+    formats = sorted({entry["format"] for entry in experts.values()})
+    return (
+        f"{len(experts)} layers, {', '.join(formats)}, {size(max(e['bytes'] for e in experts.values()))} each"
+    )
+
+
+def _checkpoint(report: dict[str, Any]) -> Rows:
+    rows: Rows = [("family", report["family"] or "not supported")]
+    if report["family"]:
+        rows += [*_model(report["model"]), *_parameters(report["parameters"])]
+    if report.get("experts"):
+        stored = ", ".join(report["experts"]["stored"])
+        rows.append(("experts", f"{report['experts']['dtype']}, {stored}"))
+    rows.append(("bytes", f"{size(report['bytes']['total'])} in {report['tensors']} tensors"))
+    rows += [(f"  {name}", size(count)) for name, count in report["bytes"]["by_format"].items()]
+    rows += [
+        ("file", f"{file['path']}  {size(file['bytes'])}  {file['tensors']} tensors")
+        for file in report["files"]
+    ]
+    if report["family"]:
+        rows.append(("tokenizer", ", ".join(report["tokenizer"]) or "none"))
+    return rows + [("notice", notice) for notice in report["notices"]]
+
+
+def _safetensors(report: dict[str, Any]) -> Rows:
+    tensors = report["tensors"]
+    rows = [("bytes", f"{size(report['bytes']['total'])} in {len(tensors)} tensors")]
+    rows += [(f"  {name}", size(count)) for name, count in report["bytes"]["by_format"].items()]
+    rows += [("metadata", f"{key}: {value}") for key, value in sorted(report["metadata"].items())]
+    rows += [
+        ("tensor", f"{tensor['name']}  {tensor['dtype']} {tensor['shape']}  {size(tensor['bytes'])}")
+        for tensor in tensors[:MANY_TENSORS]
+    ]
+    if len(tensors) > MANY_TENSORS:
+        rows.append(("", f"and {len(tensors) - MANY_TENSORS} more (--json lists all)"))
+    return rows
+
+
+def _pack(report: dict[str, Any]) -> Rows:
+    formats = ", ".join(f"{count} {name}" for name, count in report["formats"].items())
+    return [
+        ("layer", str(report["layer"])),
+        ("experts", f"{report['num_experts']} ({formats})"),
+        ("hidden_size", str(report["hidden_size"])),
+        ("moe_intermediate_size", str(report["moe_intermediate_size"])),
+        ("parameters", amount(report["parameters"]["total"])),
+        ("bytes", f"{size(report['bytes']['total'])}, {report['bits_per_weight']:.2f} bits per parameter"),
+    ]
+
+
+def _model(model: dict[str, Any]) -> Rows:
+    moe = len(model["moe_layers"])
+    yarn = model["rope_scaling"]
+    context = f"{model['max_position_embeddings']} tokens"
+    experts = (
+        f"{model['n_routed_experts']} routed, {model['num_experts_per_tok']} per token, "
+        f"{model['n_shared_experts']} shared, {model['topk_group']} of {model['n_group']} groups"
+    )
+    return [
+        ("layers", f"{model['num_hidden_layers']} ({model['num_hidden_layers'] - moe} dense, {moe} MoE)"),
+        ("hidden_size", f"{model['hidden_size']}, moe_intermediate_size {model['moe_intermediate_size']}"),
+        (
+            "attention",
+            f"{model['attention']}, {model['num_attention_heads']} heads, kv_lora_rank {model['kv_lora_rank']}",
+        ),
+        ("router", f"{model['router']}: {experts}"),
+        ("context", f"{context}, yarn factor {yarn['factor']:g}" if yarn else context),
+        ("vocabulary", str(model["vocab_size"])),
+    ]
+
+
+def _parameters(parameters: dict[str, Any]) -> Rows:
+    total = parameters["total"]
+    rows = [("parameters", f"{amount(total)}, {amount(parameters['active'])} active per token")]
+    by_size = sorted(parameters["by_role"].items(), key=lambda item: -item[1])
+    return rows + [(f"  {role}", f"{amount(count)} ({100 * count / total:.1f} %)") for role, count in by_size]
