@@ -43,7 +43,7 @@ $(VENV)/.installed: pyproject.toml $(NATIVE) $(VENV)/.torch
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.installed
-	$(BIN)/python -c 'import re; t = open("pyproject.toml").read(); d = re.search(r"^dev = \[(.*?)^\]", t, re.S | re.M)[1]; print(*re.findall(r"\"(.+?)\"", d), sep="\n")' > $(VENV)/dev.txt
+	$(BIN)/python -c 'from importlib.metadata import requires; print(*[r.split(";")[0] for r in requires("kttools") if "extra ==" in r], sep="\n")' > $(VENV)/dev.txt
 	$(PIP) -r $(VENV)/dev.txt
 	touch $@
 
