@@ -12,7 +12,8 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# gcc 12 warns about its own intrinsics headers.
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 ISA_FLAGS = {"kernels_avx2": AVX2, "kernels_avx512": AVX512, "kernels_amx": AMX}

@@ -1,0 +1,316 @@
+// Python sees the engine through this file alone. Every array is checked here: dtype, shape, contiguity, range.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu_features.h"
+#include "dispatch.h"
+#include "linear.h"
+#include "moe.h"
+
+namespace py = pybind11;
+
+namespace kt {
+namespace {
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+std::string shape_text(const py::array& array) {
+  std::string text = "[";
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) text += (i ? ", " : "") + std::to_string(array.shape(i));
+  return text + "]";
+}
+
+template <typename T>
+bool is_dtype(const py::array& array) {
+  return py::isinstance<py::array_t<T>>(array);
+}
+
+void check_contiguous(const py::array& array, const char* name, int ndim) {
+  if (array.ndim() != ndim) fail(std::string(name) + " must have " + std::to_string(ndim) + " dimensions, got " + shape_text(array));
+  if (!(array.flags() & py::array::c_style)) fail(std::string(name) + " must be C-contiguous");
+}
+
+template <typename T>
+const T* read(const py::array& array, const char* name, std::vector<py::ssize_t> shape) {
+  if (!is_dtype<T>(array)) fail(std::string(name) + " must be " + std::string(py::str(py::dtype::of<T>())) + ", got " + std::string(py::str(array.dtype())));
+  check_contiguous(array, name, static_cast<int>(shape.size()));
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (array.shape(static_cast<py::ssize_t>(i)) != shape[i]) {
+      fail(std::string(name) + " has shape " + shape_text(array) + ", expected " + std::to_string(shape[i]) + " in dimension " + std::to_string(i));
+    }
+  }
+  return static_cast<const T*>(array.data());
+}
+
+template <typename T>
+T* write(py::array& array, const char* name, std::vector<py::ssize_t> shape) {
+  read<T>(array, name, std::move(shape));
+  if (!array.writeable()) fail(std::string(name) + " must be writeable");
+  return static_cast<T*>(array.mutable_data());
+}
+
+// float32 or bf16 (as uint16).
+bool is_bf16(const py::array& array, const char* name) {
+  if (is_dtype<uint16_t>(array)) return true;
+  if (is_dtype<float>(array)) return false;
+  fail(std::string(name) + " must be float32 or uint16 (bf16 bits), got " + std::string(py::str(array.dtype())));
+}
+
+int checked_int(py::ssize_t value, const char* name) {
+  if (value < 1 || value > (1 << 20)) fail(std::string(name) + " must be 1 to 1048576, got " + std::to_string(value));
+  return static_cast<int>(value);
+}
+
+MatrixView matrix(const py::array& w, const char* name) {
+  const bool bf16 = is_bf16(w, name);
+  check_contiguous(w, name, 2);
+  return {w.data(), bf16, checked_int(w.shape(0), name), checked_int(w.shape(1), name)};
+}
+
+Input input(const py::array& x, int cols) {
+  const bool bf16 = is_bf16(x, "x");
+  check_contiguous(x, "x", 2);
+  if (x.shape(1) != cols) fail("x has shape " + shape_text(x) + ", expected " + std::to_string(cols) + " columns");
+  if (x.shape(0) > (1 << 24)) fail("x has too many rows: " + std::to_string(x.shape(0)));
+  return {x.data(), bf16, static_cast<int>(x.shape(0)), cols};
+}
+
+int checked_group(int group) {
+  if (group != 32 && group != 64 && group != 128) fail("group_size must be 32, 64 or 128, got " + std::to_string(group));
+  return group;
+}
+
+Format int4_format(int group) {
+  return format_by_name("int4_g" + std::to_string(checked_group(group))).format;
+}
+
+py::dict features() {
+  py::dict result;
+  for (const FeatureName& feature : feature_names()) result[feature.name] = (cpu_features() & feature.bit) != 0;
+  return result;
+}
+
+py::list isa_report() {
+  py::list report;
+  for (const IsaStatus& isa : isa_status()) {
+    py::dict entry;
+    entry["name"] = isa.table->name;
+    entry["supported"] = isa.missing.empty();
+    entry["missing"] = isa.missing;
+    report.append(entry);
+  }
+  return report;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const IsaStatus& isa : isa_status()) {
+    if (isa.missing.empty()) names.emplace_back(isa.table->name);
+  }
+  return names;
+}
+
+size_t expert_bytes(const std::string& format, int hidden_size, int moe_intermediate_size) {
+  return ExpertShape(format_by_name(format).format, hidden_size, moe_intermediate_size).blob_bytes();
+}
+
+void pack_expert_py(const std::string& format, const py::array& gate, const py::array& up, const py::array& down,
+                    py::array out) {
+  const MatrixView g = matrix(gate, "gate"), u = matrix(up, "up"), d = matrix(down, "down");
+  if (u.rows != g.rows || u.cols != g.cols) fail("up has shape " + shape_text(up) + ", gate has " + shape_text(gate));
+  if (d.rows != g.cols || d.cols != g.rows) fail("down has shape " + shape_text(down) + ", gate has " + shape_text(gate));
+  const Format id = format_by_name(format).format;
+  const auto bytes = static_cast<py::ssize_t>(ExpertShape(id, g.cols, g.rows).blob_bytes());
+  uint8_t* blob = write<uint8_t>(out, "out", {bytes});
+  py::gil_scoped_release release;
+  pack_expert(id, g, u, d, blob);
+}
+
+py::tuple unpack_expert_py(const std::string& format, const py::array& blob, int hidden_size, int moe_intermediate_size) {
+  const Format id = format_by_name(format).format;
+  const ExpertShape shape(id, hidden_size, moe_intermediate_size);
+  const uint8_t* data = read<uint8_t>(blob, "blob", {static_cast<py::ssize_t>(shape.blob_bytes())});
+  py::array_t<float> gate({moe_intermediate_size, hidden_size}), up({moe_intermediate_size, hidden_size}),
+      down({hidden_size, moe_intermediate_size});
+  float *g = gate.mutable_data(), *u = up.mutable_data(), *d = down.mutable_data();
+  {
+    py::gil_scoped_release release;
+    unpack_expert(id, data, hidden_size, moe_intermediate_size, g, u, d);
+  }
+  return py::make_tuple(gate, up, down);
+}
+
+py::tuple quantize_int8_py(const py::array& w) {
+  const MatrixView view = matrix(w, "w");
+  py::array_t<int8_t> q({view.rows, view.cols});
+  py::array_t<float> scale(view.rows);
+  int8_t* codes = q.mutable_data();
+  float* scales = scale.mutable_data();
+  {
+    py::gil_scoped_release release;
+    quantize_int8(view, codes, scales);
+  }
+  return py::make_tuple(q, scale);
+}
+
+py::tuple quantize_int4_py(const py::array& w, int group_size) {
+  const MatrixView view = matrix(w, "w");
+  const int groups = (view.cols + checked_group(group_size) - 1) / group_size;
+  py::array_t<uint8_t> q({view.rows, groups * group_size / 2}), s({view.rows, groups}), z({view.rows, groups});
+  py::array_t<float> scale(view.rows);
+  uint8_t *codes = q.mutable_data(), *group_scale = s.mutable_data(), *group_zero = z.mutable_data();
+  float* scales = scale.mutable_data();
+  {
+    py::gil_scoped_release release;
+    quantize_int4(view, group_size, codes, group_scale, group_zero, scales);
+  }
+  return py::make_tuple(q, s, z, scale);
+}
+
+struct Int4View {
+  CodeView codes;
+  const float* scale;
+};
+
+Int4View int4_view(const py::array& q, const py::array& s, const py::array& z, const py::array& row_scale, int k, int group) {
+  const py::ssize_t groups = (checked_int(k, "K") + checked_group(group) - 1) / group;
+  if (q.ndim() != 2) fail("q must have 2 dimensions, got " + shape_text(q));
+  const py::ssize_t n = checked_int(q.shape(0), "N");
+  const uint8_t* codes = read<uint8_t>(q, "q", {n, groups * group / 2});
+  const uint8_t* scales = read<uint8_t>(s, "group_scale", {n, groups});
+  const uint8_t* zeros = read<uint8_t>(z, "group_zero", {n, groups});
+  for (py::ssize_t i = 0; i < n * groups; ++i) {
+    if (scales[i] < 1 || scales[i] > 16 || zeros[i] > 128 || scales[i] * 15 - zeros[i] > 127) {
+      fail("group_scale " + std::to_string(scales[i]) + " and group_zero " + std::to_string(zeros[i]) + " of row " +
+           std::to_string(i / groups) + " leave int8: expected 1 <= s <= 16 and 15 s - 127 <= z <= 128");
+    }
+  }
+  return {{codes, scales, zeros, static_cast<int>(n), k}, read<float>(row_scale, "row_scale", {n})};
+}
+
+py::array_t<float> dequantize_int4_py(const py::array& q, const py::array& s, const py::array& z, const py::array& row_scale,
+                                      int k, int group_size) {
+  const Int4View view = int4_view(q, s, z, row_scale, k, group_size);
+  const size_t groups = static_cast<size_t>((k + group_size - 1) / group_size);
+  py::array_t<float> w({view.codes.n, k});
+  float* out = w.mutable_data();
+  py::gil_scoped_release release;
+  const uint8_t* codes = static_cast<const uint8_t*>(view.codes.q);
+  for (size_t r = 0; r < static_cast<size_t>(view.codes.n); ++r) {
+    for (size_t c = 0; c < static_cast<size_t>(k); ++c) {
+      const uint8_t pair = codes[(r * groups * group_size + c) / 2];
+      const size_t group = r * groups + c / group_size;
+      const int code = c % 2 ? pair >> 4 : pair & 15;
+      out[r * k + c] = view.scale[r] * static_cast<float>(view.codes.s[group] * code - view.codes.z[group]);
+    }
+  }
+  return w;
+}
+
+std::unique_ptr<PackedLinear> linear_from_bf16(std::shared_ptr<Engine> engine, const py::array& w) {
+  if (w.ndim() != 2) fail("w must have 2 dimensions, got " + shape_text(w));
+  const CodeView codes = {read<uint16_t>(w, "w", {w.shape(0), w.shape(1)}), nullptr, nullptr, checked_int(w.shape(0), "N"),
+                          checked_int(w.shape(1), "K")};
+  py::gil_scoped_release release;
+  return std::make_unique<PackedLinear>(std::move(engine), Format::kBf16, codes, nullptr);
+}
+
+std::unique_ptr<PackedLinear> linear_from_int8(std::shared_ptr<Engine> engine, const py::array& q, const py::array& row_scale) {
+  if (q.ndim() != 2) fail("q must have 2 dimensions, got " + shape_text(q));
+  const CodeView codes = {read<int8_t>(q, "q", {q.shape(0), q.shape(1)}), nullptr, nullptr, checked_int(q.shape(0), "N"),
+                          checked_int(q.shape(1), "K")};
+  const float* scale = read<float>(row_scale, "row_scale", {q.shape(0)});
+  py::gil_scoped_release release;
+  return std::make_unique<PackedLinear>(std::move(engine), Format::kInt8, codes, scale);
+}
+
+std::unique_ptr<PackedLinear> linear_from_int4(std::shared_ptr<Engine> engine, const py::array& q, const py::array& s,
+                                               const py::array& z, const py::array& row_scale, int k, int group_size) {
+  const Int4View view = int4_view(q, s, z, row_scale, k, group_size);
+  py::gil_scoped_release release;
+  return std::make_unique<PackedLinear>(std::move(engine), int4_format(group_size), view.codes, view.scale);
+}
+
+void linear_forward(PackedLinear& linear, const py::array& x, py::array out) {
+  const Input rows = input(x, linear.in_features());
+  const bool out_bf16 = is_bf16(out, "out");
+  const std::vector<py::ssize_t> shape = {rows.rows, linear.out_features()};
+  void* target = out_bf16 ? static_cast<void*>(write<uint16_t>(out, "out", shape)) : write<float>(out, "out", shape);
+  py::gil_scoped_release release;
+  if (rows.rows > 0) linear.forward(rows, target, out_bf16);
+}
+
+std::unique_ptr<ExpertLayer> make_layer(std::shared_ptr<Engine> engine, int hidden_size, int moe_intermediate_size,
+                                        const std::vector<std::string>& names, const std::vector<py::array>& blobs) {
+  if (names.size() != blobs.size()) fail("formats and blobs differ in length");
+  std::vector<ExpertBlob> experts;
+  for (size_t e = 0; e < blobs.size(); ++e) {
+    const Format id = format_by_name(names[e]).format;
+    const auto bytes = static_cast<py::ssize_t>(ExpertShape(id, hidden_size, moe_intermediate_size).blob_bytes());
+    experts.push_back({id, read<uint8_t>(blobs[e], "blob", {bytes})});
+  }
+  return std::make_unique<ExpertLayer>(std::move(engine), hidden_size, moe_intermediate_size, std::move(experts));
+}
+
+void layer_forward(ExpertLayer& layer, const py::array& x, const py::array& ids, const py::array& weights, py::array out) {
+  const Input rows = input(x, layer.hidden_size());
+  if (ids.ndim() != 2) fail("expert_ids must have 2 dimensions, got " + shape_text(ids));
+  const py::ssize_t k = ids.shape(1);
+  if (k < 1 || k > 1024) fail("expert_ids must have 1 to 1024 columns, got " + std::to_string(k));
+  const Routing routing = {read<int64_t>(ids, "expert_ids", {rows.rows, k}),
+                           read<float>(weights, "expert_weights", {rows.rows, k}), static_cast<int>(k)};
+  float* target = write<float>(out, "out", {rows.rows, layer.hidden_size()});
+  py::gil_scoped_release release;
+  if (rows.rows > 0) layer.forward(rows, routing, target);
+}
+
+}  // namespace
+}  // namespace kt
+
+PYBIND11_MODULE(_kernels, m) {
+  using namespace kt;
+  m.doc() = "CPU kernels of kttools: the expert engine, dense matrices and weight quantisation.";
+  m.def("cpu_features", &features);
+  m.def("isa_report", &isa_report);
+  m.def("available_isas", &available_isas);
+  py::dict format_ids;
+  for (const FormatInfo& info : formats()) format_ids[info.name] = static_cast<uint32_t>(info.format);
+  m.attr("FORMATS") = format_ids;
+  m.def("expert_bytes", &expert_bytes, py::arg("format"), py::arg("hidden_size"), py::arg("moe_intermediate_size"));
+  m.def("pack_expert", &pack_expert_py, py::arg("format"), py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("out"));
+  m.def("unpack_expert", &unpack_expert_py, py::arg("format"), py::arg("blob"), py::arg("hidden_size"),
+        py::arg("moe_intermediate_size"));
+  m.def("quantize_int8", &quantize_int8_py, py::arg("w"));
+  m.def("quantize_int4", &quantize_int4_py, py::arg("w"), py::arg("group_size"));
+  m.def("dequantize_int4", &dequantize_int4_py, py::arg("q"), py::arg("group_scale"), py::arg("group_zero"),
+        py::arg("row_scale"), py::arg("in_features"), py::arg("group_size"));
+
+  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
+      .def(py::init([](int threads, const std::optional<std::string>& isa) {
+             return std::make_shared<Engine>(threads, isa.value_or(""));
+           }),
+           py::arg("threads"), py::arg("isa") = py::none())
+      .def_property_readonly("threads", &Engine::threads)
+      .def_property_readonly("isa", [](const Engine& engine) { return engine.kernels().name; });
+  m.attr("ThreadPool") = m.attr("Engine");
+
+  py::class_<ExpertLayer>(m, "ExpertLayer")
+      .def(py::init(&make_layer), py::arg("engine"), py::arg("hidden_size"), py::arg("moe_intermediate_size"),
+           py::arg("formats"), py::arg("blobs"), py::keep_alive<1, 6>())
+      .def_property_readonly("num_experts", &ExpertLayer::num_experts)
+      .def("forward", &layer_forward, py::arg("x"), py::arg("expert_ids"), py::arg("expert_weights"), py::arg("out"));
+
+  py::class_<PackedLinear>(m, "PackedLinear")
+      .def_static("from_bf16", &linear_from_bf16, py::arg("engine"), py::arg("w"))
+      .def_static("from_int8", &linear_from_int8, py::arg("engine"), py::arg("q"), py::arg("row_scale"))
+      .def_static("from_int4", &linear_from_int4, py::arg("engine"), py::arg("q"), py::arg("group_scale"),
+                  py::arg("group_zero"), py::arg("row_scale"), py::arg("in_features"), py::arg("group_size"))
+      .def_property_readonly("out_features", &PackedLinear::out_features)
+      .def_property_readonly("in_features", &PackedLinear::in_features)
+      .def_property_readonly("nbytes", &PackedLinear::nbytes)
+      .def("forward", &linear_forward, py::arg("x"), py::arg("out"));
+}

@@ -1,0 +1,63 @@
+// What every layer of one model shares: the threads, the kernel table and the scratch memory.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "gemm.h"
+#include "thread_pool.h"
+
+namespace kt {
+
+// Units of one phase, handed out in order to whoever asks.
+class UnitCounter {
+ public:
+  int take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+  void reset() { next_.store(0, std::memory_order_relaxed); }
+
+ private:
+  alignas(64) std::atomic<int> next_{0};
+};
+
+// Rows of activations in the forms the kernels want, one entry per token.
+struct RowStage {
+  Buffer int8;    // [rows][int8_stride]
+  Buffer scale;   // [rows] float
+  Buffer sum;     // [rows] int32
+  Buffer bf16;    // [rows][wide_stride] uint16
+  Buffer f32;     // [rows][wide_stride] float
+};
+
+class Engine {
+ public:
+  // Throws std::invalid_argument for a bad thread count or isa name (empty: the best one).
+  Engine(int threads, const std::string& isa) : kernels_(select_table(isa)), pool_(threads), gemm_(pool_.size()) {}
+
+  int threads() const { return pool_.size(); }
+  const KernelTable& kernels() const { return kernels_; }
+  ThreadPool& pool() { return pool_; }
+  GemmScratch& gemm_scratch(int worker) { return gemm_[static_cast<size_t>(worker)]; }
+  std::mutex& busy() { return busy_; }  // one forward at a time uses the scratch
+
+  // Workers worth waking for this many bytes of weights or arithmetic of that size.
+  int workers_for(size_t weight_bytes, int rows) const;
+
+  RowStage stage;
+  Buffer tiles;        // activations of one group, cut into tiles or gathered
+  Buffer hidden;       // float intermediate of one group
+  Buffer hidden_rows;  // and quantised
+
+ private:
+  static const KernelTable& select_table(const std::string& isa);
+
+  const KernelTable& kernels_;
+  ThreadPool pool_;
+  std::vector<GemmScratch> gemm_;
+  std::mutex busy_;
+};
+
+}  // namespace kt

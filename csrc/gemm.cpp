@@ -1,0 +1,165 @@
+#include "gemm.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+namespace kt {
+namespace {
+
+// A block of activations must stay in L2 (2 MiB on Sapphire Rapids and later) beside two strips of weights and C.
+constexpr size_t kActivationsInL2 = 1 << 20;
+// K block of the large-M path: 16 k-steps. A block 512 rows x 1 KiB = 512 KiB, strip block 32 KiB (L1), C in L2.
+constexpr int kBlockSteps = 16;
+
+struct Range {
+  const uint8_t* begin;
+  size_t bytes;
+};
+
+bool is_int4(const Weights& weights) { return weights.shape.info->k_group != 0; }
+
+size_t steps_offset(const StripShape& shape, int step) {
+  const int group = shape.info->k_group;
+  if (group == 0) return static_cast<size_t>(step) * kStripStepBytes;
+  return static_cast<size_t>(step / int4_block_steps(group)) * int4_block_bytes(group);
+}
+
+void run_tiles(const KernelTable& kernels, Arithmetic arithmetic, const TileArgs& args) {
+  (arithmetic == Arithmetic::kBf16 ? kernels.tile_bf16 : kernels.tile_s8)(args);
+}
+
+void vector_strip(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int strip,
+                  const Activations& a, void* c) {
+  VecArgs args = {a.data, a.row_stride, a.sum, a.rows, weights.strip(strip), weights.shape.k_steps(),
+                  weights.shape.info->k_group, c, false};
+  if (arithmetic == Arithmetic::kFloat) {
+    kernels.vec_bf16(args);
+  } else if (is_int4(weights)) {
+    kernels.vec_s4(args);
+  } else {
+    kernels.vec_s8(args);
+  }
+}
+
+// The weights of k-steps [step, step + steps) of a strip as int8 or bf16 tiles: in place, or expanded from int4.
+const uint8_t* tile_weights(const KernelTable& kernels, const Weights& weights, int strip, int step, int steps,
+                            GemmScratch& scratch) {
+  const uint8_t* at = weights.strip(strip) + steps_offset(weights.shape, step);
+  if (!is_int4(weights)) return at;
+  kernels.unpack_s4(at, steps, weights.shape.info->k_group, scratch.expanded.bytes());
+  return scratch.expanded.bytes();
+}
+
+void whole_k(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
+             const Activations& a, const uint8_t* next, GemmScratch& scratch, const StripSink& sink) {
+  const int steps = weights.shape.k_steps();
+  TileArgs args = {};
+  args.a = a.data;
+  args.a_tile_stride = static_cast<size_t>(steps) * a.tiling.tile_rows * kStepBytes;
+  args.tiles = a.tiling.tiles;
+  args.tile_rows = a.tiling.tile_rows;
+  args.k_steps = steps;
+  args.c = scratch.c.bytes();
+  for (int strip = begin; strip < end; ++strip) {
+    args.b = tile_weights(kernels, weights, strip, 0, steps, scratch);
+    args.prefetch_b = strip + 1 < end ? weights.strip(strip + 1) : next;
+    args.prefetch_b_bytes = args.prefetch_b ? weights.shape.strip_bytes() : 0;
+    run_tiles(kernels, arithmetic, args);
+    sink.finish(sink, strip, args.c);
+  }
+}
+
+// M x K does not fit in L2: keep C of this range of strips there instead and walk K in blocks.
+void blocked_k(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
+               const Activations& a, GemmScratch& scratch, const StripSink& sink) {
+  const Tiling& tiling = a.tiling;
+  const size_t step_bytes = static_cast<size_t>(tiling.padded_rows()) * kStepBytes;  // of A, all tiles
+  const size_t c_bytes = static_cast<size_t>(tiling.padded_rows()) * kStripCols * 4;
+  for (int step = 0; step < tiling.k_steps; step += tiling.block_steps) {
+    const int now = std::min(tiling.block_steps, tiling.k_steps - step);
+    const int later = std::min(tiling.block_steps, tiling.k_steps - step - now);
+    TileArgs args = {};
+    args.a = a.data + step * step_bytes;
+    args.a_tile_stride = static_cast<size_t>(now) * tiling.tile_rows * kStepBytes;
+    args.tiles = tiling.tiles;
+    args.tile_rows = tiling.tile_rows;
+    args.k_steps = now;
+    args.accumulate = step > 0;
+    // The next A block follows this one; every strip asks for its share of it.
+    args.prefetch_a_bytes = round_up(later * step_bytes / (end - begin), 64);
+    for (int strip = begin; strip < end; ++strip) {
+      args.b = tile_weights(kernels, weights, strip, step, now, scratch);
+      args.c = scratch.c.bytes() + (strip - begin) * c_bytes;
+      const bool last = strip + 1 == end;
+      const int next_step = last ? step + now : step;
+      const size_t next_offset = steps_offset(weights.shape, next_step);
+      args.prefetch_b = weights.strip(last ? begin : strip + 1) + next_offset;
+      args.prefetch_b_bytes = steps_offset(weights.shape, next_step + (last ? later : now)) - next_offset;
+      args.prefetch_a = args.a + now * step_bytes + (strip - begin) * args.prefetch_a_bytes;
+      run_tiles(kernels, arithmetic, args);
+    }
+  }
+  for (int strip = begin; strip < end; ++strip) sink.finish(sink, strip, scratch.c.bytes() + (strip - begin) * c_bytes);
+}
+
+}  // namespace
+
+void Buffer::reserve(size_t bytes) {
+  if (bytes <= bytes_) return;
+  std::free(data_);
+  data_ = nullptr;
+  bytes_ = 0;
+  const size_t wanted = round_up(bytes, 4096);
+  data_ = std::aligned_alloc(4096, wanted);
+  if (!data_) throw std::bad_alloc();
+  bytes_ = wanted;
+}
+
+Tiling::Tiling(int rows, int steps) : k_steps(steps), block_steps(steps) {
+  tiles = static_cast<int>(round_up(rows, kTileRows) / kTileRows);
+  if (tiles > 1) tiles += tiles % 2;
+  tile_rows = (rows + tiles - 1) / tiles;
+  if (bytes() > kActivationsInL2) block_steps = std::min(steps, kBlockSteps);
+}
+
+void Tiling::scatter(const uint8_t* row, int r, uint8_t* tiles_out) const {
+  const size_t step_bytes = static_cast<size_t>(tile_rows) * kStepBytes;
+  for (int step = 0; step < k_steps; step += block_steps) {
+    const int now = std::min(block_steps, k_steps - step);
+    uint8_t* out = tiles_out + static_cast<size_t>(step) * padded_rows() * kStepBytes +
+                   (r / tile_rows) * (now * step_bytes) + (r % tile_rows) * kStepBytes;
+    for (int i = 0; i < now; ++i, out += step_bytes) std::memcpy(out, row + (step + i) * kStepBytes, kStepBytes);
+  }
+}
+
+void reserve_gemm_scratch(GemmScratch& scratch, const StripShape& shape, int rows, int strips) {
+  const Tiling tiling(rows, shape.k_steps());
+  const size_t c_rows = std::max(rows, tiling.padded_rows());
+  scratch.c.reserve((tiling.blocked() ? strips : 1) * c_rows * kStripCols * 4);
+  if (shape.info->k_group) scratch.expanded.reserve(static_cast<size_t>(shape.k_steps()) * kStripStepBytes);
+}
+
+int strips_per_unit(int strips, int threads) {
+  constexpr int kMost = 16, kUnitsPerThread = 4;
+  return std::max(1, std::min(kMost, strips / (threads * kUnitsPerThread)));
+}
+
+void gemm_strips(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
+                 const Activations& a, const uint8_t* next, GemmScratch& scratch, const StripSink& sink) {
+  if (!a.tiled) {
+    for (int strip = begin; strip < end; ++strip) {
+      vector_strip(kernels, arithmetic, weights, strip, a, scratch.c.bytes());
+      sink.finish(sink, strip, scratch.c.bytes());
+    }
+    return;
+  }
+  kernels.tile_configure(a.tiling.tile_rows);
+  if (a.tiling.blocked()) {
+    blocked_k(kernels, arithmetic, weights, begin, end, a, scratch, sink);
+  } else {
+    whole_k(kernels, arithmetic, weights, begin, end, a, next, scratch, sink);
+  }
+}
+
+}  // namespace kt

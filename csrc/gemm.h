@@ -1,0 +1,105 @@
+// Blocking of one GEMM over strips, for the expert layer and for dense matrices alike. No ISA, no threads: the caller
+// gives a range of strips, the kernel table does the arithmetic.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+
+#include "kernels.h"
+#include "layout.h"
+
+namespace kt {
+
+// Grow-only, 64-byte aligned memory, reused from call to call.
+class Buffer {
+ public:
+  Buffer() = default;
+  ~Buffer() { std::free(data_); }
+  Buffer(Buffer&& other) noexcept : data_(other.data_), bytes_(other.bytes_) {
+    other.data_ = nullptr;
+    other.bytes_ = 0;
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  // Content is undefined after growth. Throws std::bad_alloc.
+  void reserve(size_t bytes);
+  template <typename T>
+  T* as() const { return static_cast<T*>(data_); }
+  uint8_t* bytes() const { return as<uint8_t>(); }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// How activations are multiplied with weights of a format.
+enum class Arithmetic {
+  kInt8,    // int8 x int8 (or int4) -> int32
+  kBf16,    // bf16 x bf16 -> float: tiles only
+  kFloat,   // float x bf16 -> float: vector kernels only
+};
+
+// How `rows` rows are cut into tiles of equal height (an even number of tiles above 16 rows, so that every pair shares
+// its B tiles), and how many k-steps of them are kept in L2 at a time. Memory order: [K block][tile][k-step][row][64 B].
+struct Tiling {
+  int tiles;
+  int tile_rows;
+  int k_steps;
+  int block_steps;
+
+  Tiling() = default;
+  Tiling(int rows, int k_steps);
+  int padded_rows() const { return tiles * tile_rows; }
+  bool blocked() const { return block_steps < k_steps; }
+  size_t bytes() const { return static_cast<size_t>(padded_rows()) * k_steps * kStepBytes; }
+  // Copies row r, k_steps x 64 bytes, to its places.
+  void scatter(const uint8_t* row, int r, uint8_t* tiles_out) const;
+};
+
+// The rows of one GEMM: row-major and zero-padded to whole k-steps, or cut into tiles.
+struct Activations {
+  const uint8_t* data;
+  size_t row_stride;   // bytes; row-major only
+  int rows;
+  const int32_t* sum;  // kInt8, row-major only: per row
+  bool tiled;
+  Tiling tiling;
+};
+
+struct Weights {
+  StripShape shape;
+  const uint8_t* strips;
+  const float* scales;  // [strips][32]; null for bf16
+
+  const uint8_t* strip(int i) const { return strips + static_cast<size_t>(i) * shape.strip_bytes(); }
+};
+
+// Per-thread memory of the GEMM: the C block and an int4 strip expanded to int8.
+struct GemmScratch {
+  Buffer c;
+  Buffer expanded;
+  Buffer row;  // one converted row on its way into tiles
+};
+
+// Does something with a finished strip: c is [rows][32].
+struct StripSink {
+  void (*finish)(const StripSink& sink, int strip, const void* c);
+  const KernelTable* kernels;
+  Arithmetic arithmetic;
+  EpilogueArgs args;  // template: c, scale_b, out, cols are set per strip
+  bool out_is_bf16 = false;
+};
+
+// strips [begin, end) of weights times the activations, each handed to the sink. `next`: memory wanted after this range.
+void gemm_strips(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
+                 const Activations& a, const uint8_t* next, GemmScratch& scratch, const StripSink& sink);
+
+// Makes scratch large enough for gemm_strips over at most `strips` strips at a time. rows: of the largest Activations.
+void reserve_gemm_scratch(GemmScratch& scratch, const StripShape& shape, int rows, int strips);
+
+// Strips that one unit of work covers: enough for every thread to get several, at most 16 (C must stay in L2).
+int strips_per_unit(int strips, int threads);
+
+}  // namespace kt

@@ -1,0 +1,401 @@
+// AVX-512 kernels: VNNI dot products for int8 and int4, float FMA for bf16 weights.
+//
+// VNNI multiplies unsigned by signed bytes. The weights are the unsigned side (w + 128, one xor after the load) and the
+// activations the signed, broadcast operand, so the correction is 128 * sum(activations): one number per row, nothing
+// per weight, and the accumulator holds the exact signed dot product.
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "cpu_features.h"
+#include "kernels.h"
+
+namespace kt {
+namespace {
+
+constexpr uint64_t kRequired = 0
+#ifdef __AVX2__
+                               | kAvx2
+#endif
+#ifdef __FMA__
+                               | kFma
+#endif
+#ifdef __F16C__
+                               | kF16c
+#endif
+#ifdef __AVX512F__
+                               | kAvx512f
+#endif
+#ifdef __AVX512BW__
+                               | kAvx512bw
+#endif
+#ifdef __AVX512DQ__
+                               | kAvx512dq
+#endif
+#ifdef __AVX512VL__
+                               | kAvx512vl
+#endif
+#ifdef __AVX512VNNI__
+                               | kAvx512vnni
+#endif
+    ;
+
+// How far ahead of the weights of one row the memory is asked for. Measured on Granite Rapids: 1 KiB to 8 KiB are within
+// noise of each other at two threads; none at all costs a tenth of the bandwidth.
+constexpr int kPrefetchBytes = 4096;
+
+inline __m512 load16(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
+inline __m512 load16(const uint16_t* x, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
+}
+
+inline __mmask16 tail_mask(size_t left) { return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1); }
+
+template <typename T>
+inline void quantize_row(const T* x, size_t n, size_t padded, int8_t* q, float* scale, int32_t* sum) {
+  // |x| compared as integers: NaN and inf come out above every finite number.
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i largest = _mm512_setzero_si512();
+  for (size_t i = 0; i < n; i += 16) {
+    const __m512i bits = _mm512_castps_si512(load16(x + i, tail_mask(n - i)));
+    largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, magnitude));
+  }
+  const uint32_t largest_bits = _mm512_reduce_max_epu32(largest);
+  const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(largest_bits))));
+  const bool finite = largest_bits < 0x7f800000u;
+  const bool zero = !finite || amax < 1e-30f;
+  const float inverse = zero ? 0.0f : 127.0f / amax;
+  const __m512 scaled_by = _mm512_set1_ps(inverse);
+  __m512i total = _mm512_setzero_si512();
+  for (size_t i = 0; i < padded; i += 16) {
+    const __mmask16 mask = i < n && !zero ? tail_mask(n - i) : 0;
+    const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(load16(x + i, mask), scaled_by));
+    total = _mm512_add_epi32(total, value);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtepi32_epi8(value));
+  }
+  *sum = _mm512_reduce_add_epi32(total);
+  *scale = finite ? (zero ? 0.0f : amax / 127.0f) : NAN;
+}
+
+void quantize_f32(const float* x, size_t n, size_t padded, int8_t* q, float* scale, int32_t* sum) {
+  quantize_row(x, n, padded, q, scale, sum);
+}
+
+void quantize_bf16(const uint16_t* x, size_t n, size_t padded, int8_t* q, float* scale, int32_t* sum) {
+  quantize_row(x, n, padded, q, scale, sum);
+}
+
+inline __m512i broadcast4(const int8_t* a) {
+  int32_t four;
+  __builtin_memcpy(&four, a, 4);
+  return _mm512_set1_epi32(four);
+}
+
+// Rows x 32 columns over all k-steps. Parallel: independent accumulator sets per column (a single row would otherwise
+// wait for the latency of each dot product).
+template <int Rows, int Parallel>
+inline void dot_s8(const VecArgs& args, int first_row) {
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const int8_t* a = static_cast<const int8_t*>(args.a) + first_row * args.a_stride;
+  int32_t* c = static_cast<int32_t*>(args.c) + first_row * kStripCols;
+  __m512i acc[Rows][2][Parallel];
+  for (int r = 0; r < Rows; ++r) {
+    const __m512i start = _mm512_set1_epi32(args.accumulate ? 0 : -128 * args.sum[first_row + r]);
+    for (int tile = 0; tile < 2; ++tile) {
+      acc[r][tile][0] = args.accumulate ? _mm512_loadu_si512(c + r * kStripCols + tile * 16) : start;
+      for (int p = 1; p < Parallel; ++p) acc[r][tile][p] = _mm512_setzero_si512();
+    }
+  }
+  const uint8_t* b = args.b;
+  for (int step = 0; step < args.k_steps; ++step, b += kStripStepBytes) {
+#pragma GCC unroll 16
+    for (int k4 = 0; k4 < 16; ++k4) {
+      if (Rows <= 2) {
+        _mm_prefetch(reinterpret_cast<const char*>(b + k4 * 64 + kPrefetchBytes), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(b + k4 * 64 + kTileBytes + kPrefetchBytes), _MM_HINT_T0);
+      }
+      const __m512i b0 = _mm512_xor_si512(_mm512_load_si512(b + k4 * 64), flip);
+      const __m512i b1 = _mm512_xor_si512(_mm512_load_si512(b + k4 * 64 + kTileBytes), flip);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const __m512i four = broadcast4(a + r * args.a_stride + step * 64 + k4 * 4);
+        acc[r][0][k4 % Parallel] = _mm512_dpbusd_epi32(acc[r][0][k4 % Parallel], b0, four);
+        acc[r][1][k4 % Parallel] = _mm512_dpbusd_epi32(acc[r][1][k4 % Parallel], b1, four);
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int tile = 0; tile < 2; ++tile) {
+      __m512i total = acc[r][tile][0];
+      for (int p = 1; p < Parallel; ++p) total = _mm512_add_epi32(total, acc[r][tile][p]);
+      _mm512_storeu_si512(c + r * kStripCols + tile * 16, total);
+    }
+  }
+}
+
+void vec_s8(const VecArgs& args) {
+  int r = 0;
+  for (; r + 8 <= args.rows; r += 8) dot_s8<8, 1>(args, r);
+  if (r + 4 <= args.rows) dot_s8<4, 1>(args, r), r += 4;
+  if (r + 2 <= args.rows) dot_s8<2, 2>(args, r), r += 2;
+  if (r < args.rows) dot_s8<1, 4>(args, r);
+}
+
+// Scales and offsets of one 16-column half of a group, spread so that one 16-bit multiply serves two codes:
+// (code0 + 256 * code1) * s never carries, because s * code <= 16 * 15 < 256.
+struct GroupHalf {
+  __m512i scale;   // s in each 16-bit lane of its column
+  __m512i offset;  // added to each byte of its column
+};
+
+inline GroupHalf load_group(const uint8_t* header, int tile, uint8_t bias) {
+  const __m512i s = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(header + tile * 16)));
+  const __m512i z = _mm512_cvtepu8_epi32(
+      _mm_sub_epi8(_mm_set1_epi8(static_cast<char>(bias)),
+                   _mm_loadu_si128(reinterpret_cast<const __m128i*>(header + kStripCols + tile * 16))));
+  return {_mm512_or_si512(s, _mm512_slli_epi32(s, 16)), _mm512_mullo_epi32(z, _mm512_set1_epi32(0x01010101))};
+}
+
+// s * code + (bias - z) for 64 codes held one per byte.
+inline __m512i expand(__m512i codes, const GroupHalf& group) {
+  return _mm512_add_epi8(_mm512_mullo_epi16(codes, group.scale), group.offset);
+}
+
+inline __m512i low_codes(__m512i packed) { return _mm512_and_si512(packed, _mm512_set1_epi8(15)); }
+inline __m512i high_codes(__m512i packed) { return low_codes(_mm512_srli_epi16(packed, 4)); }
+
+void unpack_s4(const uint8_t* strip, int k_steps, int k_group, uint8_t* out) {
+  const int block_steps = int4_block_steps(k_group);
+  const int high_header = (int4_headers(k_group) - 1) * kInt4HeaderBytes;
+  for (int step = 0; step < k_steps;) {
+    const uint8_t* codes = strip + high_header + kInt4HeaderBytes;
+    const int end = step + block_steps < k_steps ? step + block_steps : k_steps;
+    const GroupHalf low[2] = {load_group(strip, 0, 0), load_group(strip, 1, 0)};
+    const GroupHalf high[2] = {load_group(strip + high_header, 0, 0), load_group(strip + high_header, 1, 0)};
+    for (; step < end; ++step, codes += kTileBytes, out += kStripStepBytes) {
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          const __m512i packed = _mm512_loadu_si512(codes + tile * 512 + i * 64);
+          _mm512_store_si512(out + tile * kTileBytes + i * 64, expand(low_codes(packed), low[tile]));
+          _mm512_store_si512(out + tile * kTileBytes + (i + 8) * 64, expand(high_codes(packed), high[tile]));
+        }
+      }
+    }
+    strip += int4_block_bytes(k_group);
+  }
+}
+
+template <int Rows>
+inline void dot_s4(const VecArgs& args, int first_row) {
+  const int8_t* a = static_cast<const int8_t*>(args.a) + first_row * args.a_stride;
+  int32_t* c = static_cast<int32_t*>(args.c) + first_row * kStripCols;
+  const int block_steps = int4_block_steps(args.k_group);
+  const int high_header = (int4_headers(args.k_group) - 1) * kInt4HeaderBytes;
+  __m512i acc[Rows][2][2];
+  for (int r = 0; r < Rows; ++r) {
+    const __m512i start = _mm512_set1_epi32(args.accumulate ? 0 : -128 * args.sum[first_row + r]);
+    for (int tile = 0; tile < 2; ++tile) {
+      acc[r][tile][0] = args.accumulate ? _mm512_loadu_si512(c + r * kStripCols + tile * 16) : start;
+      acc[r][tile][1] = _mm512_setzero_si512();
+    }
+  }
+  const uint8_t* block = args.b;
+  for (int step = 0; step < args.k_steps; block += int4_block_bytes(args.k_group)) {
+    const GroupHalf low[2] = {load_group(block, 0, 128), load_group(block, 1, 128)};
+    const GroupHalf high[2] = {load_group(block + high_header, 0, 128), load_group(block + high_header, 1, 128)};
+    const uint8_t* codes = block + high_header + kInt4HeaderBytes;
+    const int end = step + block_steps < args.k_steps ? step + block_steps : args.k_steps;
+    for (; step < end; ++step, codes += kTileBytes) {
+#pragma GCC unroll 2
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          _mm_prefetch(reinterpret_cast<const char*>(codes + tile * 512 + i * 64 + kPrefetchBytes), _MM_HINT_T0);
+          const __m512i packed = _mm512_loadu_si512(codes + tile * 512 + i * 64);
+          const __m512i b_low = expand(low_codes(packed), low[tile]);
+          const __m512i b_high = expand(high_codes(packed), high[tile]);
+          for (int r = 0; r < Rows; ++r) {
+            const int8_t* row = a + r * args.a_stride + step * 64 + i * 4;
+            acc[r][tile][0] = _mm512_dpbusd_epi32(acc[r][tile][0], b_low, broadcast4(row));
+            acc[r][tile][1] = _mm512_dpbusd_epi32(acc[r][tile][1], b_high, broadcast4(row + 32));
+          }
+        }
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int tile = 0; tile < 2; ++tile) {
+      _mm512_storeu_si512(c + r * kStripCols + tile * 16, _mm512_add_epi32(acc[r][tile][0], acc[r][tile][1]));
+    }
+  }
+}
+
+void vec_s4(const VecArgs& args) {
+  int r = 0;
+  for (; r + 4 <= args.rows; r += 4) dot_s4<4>(args, r);
+  if (r + 2 <= args.rows) dot_s4<2>(args, r), r += 2;
+  if (r < args.rows) dot_s4<1>(args, r);
+}
+
+template <int Rows>
+inline void dot_bf16(const VecArgs& args, int first_row) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const float* a[Rows];
+  __m512 acc[Rows][2][2];
+  float* c = static_cast<float*>(args.c) + first_row * kStripCols;
+  for (int r = 0; r < Rows; ++r) {
+    a[r] = reinterpret_cast<const float*>(static_cast<const char*>(args.a) + (first_row + r) * args.a_stride);
+    for (int tile = 0; tile < 2; ++tile) {
+      acc[r][tile][0] = args.accumulate ? _mm512_loadu_ps(c + r * kStripCols + tile * 16) : _mm512_setzero_ps();
+      acc[r][tile][1] = _mm512_setzero_ps();
+    }
+  }
+  const uint8_t* b = args.b;
+  for (int step = 0; step < args.k_steps; ++step, b += kStripStepBytes) {
+#pragma GCC unroll 4
+    for (int k2 = 0; k2 < 16; ++k2) {
+#pragma GCC unroll 2
+      for (int tile = 0; tile < 2; ++tile) {
+        const uint8_t* line = b + tile * kTileBytes + k2 * 64;
+        if (Rows <= 2) _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T0);
+        const __m512i pairs = _mm512_load_si512(line);
+        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+        for (int r = 0; r < Rows; ++r) {
+          const float* x = a[r] + step * 32 + k2 * 2;
+          acc[r][tile][0] = _mm512_fmadd_ps(even, _mm512_set1_ps(x[0]), acc[r][tile][0]);
+          acc[r][tile][1] = _mm512_fmadd_ps(odd, _mm512_set1_ps(x[1]), acc[r][tile][1]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int tile = 0; tile < 2; ++tile) {
+      _mm512_storeu_ps(c + r * kStripCols + tile * 16, _mm512_add_ps(acc[r][tile][0], acc[r][tile][1]));
+    }
+  }
+}
+
+void vec_bf16(const VecArgs& args) {
+  int r = 0;
+  for (; r + 4 <= args.rows; r += 4) dot_bf16<4>(args, r);
+  if (r + 2 <= args.rows) dot_bf16<2>(args, r), r += 2;
+  if (r < args.rows) dot_bf16<1>(args, r);
+}
+
+// exp(x) by 2^n * p(r), |r| <= ln2 / 2, degree 6 (Cephes expf coefficients): relative error below 2e-7.
+inline __m512 exp16(__m512 x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_scalef_ps(p, n);
+}
+
+inline __m512 silu16(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 y = _mm512_div_ps(x, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+  return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);  // max/min above swallow NaN
+}
+
+inline __m512 raw16(const int32_t* c) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(c)); }
+inline __m512 raw16(const float* c) { return _mm512_loadu_ps(c); }
+
+template <typename T>
+inline __m512 value16(const EpilogueArgs& e, int r, int tile) {
+  const __m512 raw = raw16(static_cast<const T*>(e.c) + r * kStripCols + tile * kTileCols);
+  if (!e.scale_a) return raw;
+  return _mm512_mul_ps(
+      raw, _mm512_mul_ps(_mm512_set1_ps(e.scale_a[r]), _mm512_loadu_ps(e.scale_b + tile * kTileCols)));
+}
+
+template <typename T>
+void silu_mul(const EpilogueArgs& e) {
+  for (int r = 0; r < e.rows; ++r) {
+    _mm512_storeu_ps(e.h + r * e.h_stride, _mm512_mul_ps(silu16(value16<T>(e, r, 0)), value16<T>(e, r, 1)));
+  }
+}
+
+inline __mmask16 column_mask(int cols, int tile) {
+  const int left = cols - tile * kTileCols;
+  return left <= 0 ? 0 : tail_mask(static_cast<size_t>(left));
+}
+
+template <typename T>
+void add_weighted(const EpilogueArgs& e) {
+  const __mmask16 masks[2] = {column_mask(e.cols, 0), column_mask(e.cols, 1)};
+  for (int r = 0; r < e.rows; ++r) {
+    float* y = static_cast<float*>(e.out) + e.token[r] * e.out_stride;
+    const __m512 weight = _mm512_set1_ps(e.weight[r]);
+    for (int tile = 0; tile < 2; ++tile) {
+      float* at = y + tile * kTileCols;
+      // multiply, then add: the same two roundings as the scalar kernel
+      const __m512 part = _mm512_mul_ps(weight, value16<T>(e, r, tile));
+      _mm512_mask_storeu_ps(at, masks[tile], _mm512_add_ps(_mm512_maskz_loadu_ps(masks[tile], at), part));
+    }
+  }
+}
+
+template <typename T>
+void store_f32(const EpilogueArgs& e) {
+  for (int r = 0; r < e.rows; ++r) {
+    float* out = static_cast<float*>(e.out) + r * e.out_stride;
+    for (int tile = 0; tile < 2; ++tile) {
+      _mm512_mask_storeu_ps(out + tile * kTileCols, column_mask(e.cols, tile), value16<T>(e, r, tile));
+    }
+  }
+}
+
+inline __m256i to_bf16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet));
+}
+
+template <typename T>
+void store_bf16(const EpilogueArgs& e) {
+  for (int r = 0; r < e.rows; ++r) {
+    uint16_t* out = static_cast<uint16_t*>(e.out) + r * e.out_stride;
+    for (int tile = 0; tile < 2; ++tile) {
+      _mm256_mask_storeu_epi16(out + tile * kTileCols, column_mask(e.cols, tile), to_bf16(value16<T>(e, r, tile)));
+    }
+  }
+}
+
+}  // namespace
+
+extern const KernelTable kAvx512Table = {
+    "avx512",
+    kRequired,
+    quantize_f32,
+    quantize_bf16,
+    vec_s8,
+    vec_s4,
+    vec_bf16,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    0,
+    unpack_s4,
+    silu_mul<int32_t>,
+    silu_mul<float>,
+    add_weighted<int32_t>,
+    add_weighted<float>,
+    store_f32<int32_t>,
+    store_f32<float>,
+    store_bf16<int32_t>,
+    store_bf16<float>,
+};
+
+}  // namespace kt

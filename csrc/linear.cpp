@@ -1,0 +1,106 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace kt {
+namespace {
+
+constexpr int kMaxRows = 512;  // computed together, like a segment of an expert
+
+void finish_store(const StripSink& sink, int strip, const void* c) {
+  EpilogueArgs args = sink.args;
+  args.c = c;
+  args.cols = std::min(kStripCols, sink.args.cols - strip * kStripCols);
+  if (args.scale_b) args.scale_b += strip * kStripCols;
+  const KernelTable& k = *sink.kernels;
+  const bool exact = sink.arithmetic == Arithmetic::kInt8;
+  if (sink.out_is_bf16) {
+    args.out = static_cast<uint16_t*>(sink.args.out) + strip * kStripCols;
+    (exact ? k.store_bf16_s32 : k.store_bf16_f32)(args);
+  } else {
+    args.out = static_cast<float*>(sink.args.out) + strip * kStripCols;
+    (exact ? k.store_f32_s32 : k.store_f32_f32)(args);
+  }
+}
+
+}  // namespace
+
+PackedLinear::PackedLinear(std::shared_ptr<Engine> engine, Format format, const CodeView& codes, const float* row_scale)
+    : engine_(std::move(engine)), weights_{{codes.n, codes.k, &format_info(format)}, nullptr, nullptr} {
+  const StripShape& shape = weights_.shape;
+  strips_.reserve(shape.bytes());
+  std::memset(strips_.bytes(), 0, shape.bytes());
+  UnitCounter units;
+  engine_->pool().run(engine_->workers_for(shape.bytes(), 1), [&](int) {
+    for (int strip = units.take(); strip < shape.strips(); strip = units.take()) {
+      uint8_t* at = strips_.bytes() + strip * shape.strip_bytes();
+      const int cols = std::min(kStripCols, shape.n - strip * kStripCols);
+      for (int col = 0; col < cols; ++col) place_row(*shape.info, codes, strip * kStripCols + col, at, col);
+    }
+  });
+  weights_.strips = strips_.bytes();
+  if (!shape.has_scales()) return;
+  scales_.reserve(static_cast<size_t>(shape.strips()) * kStripCols * sizeof(float));
+  std::memset(scales_.bytes(), 0, static_cast<size_t>(shape.strips()) * kStripCols * sizeof(float));
+  std::memcpy(scales_.bytes(), row_scale, static_cast<size_t>(shape.n) * sizeof(float));
+  weights_.scales = scales_.as<float>();
+}
+
+size_t PackedLinear::nbytes() const {
+  const StripShape& shape = weights_.shape;
+  return shape.bytes() + (shape.has_scales() ? static_cast<size_t>(shape.strips()) * kStripCols * sizeof(float) : 0);
+}
+
+void PackedLinear::forward(const Input& x, void* out, bool out_is_bf16) {
+  std::lock_guard<std::mutex> busy(engine_->busy());
+  const size_t row_bytes = static_cast<size_t>(out_features()) * (out_is_bf16 ? 2 : 4);
+  const int pieces = (x.rows + kMaxRows - 1) / kMaxRows;
+  for (int piece = 0; piece < pieces; ++piece) {
+    const int begin = static_cast<int>(static_cast<int64_t>(x.rows) * piece / pieces);
+    const int end = static_cast<int>(static_cast<int64_t>(x.rows) * (piece + 1) / pieces);
+    forward_rows({x.row(begin), x.is_bf16, end - begin, x.cols}, static_cast<uint8_t*>(out) + begin * row_bytes, out_is_bf16);
+  }
+}
+
+void PackedLinear::forward_rows(const Input& x, uint8_t* out, bool out_is_bf16) {
+  Engine& engine = *engine_;
+  const KernelTable& kernels = engine.kernels();
+  const StripShape& shape = weights_.shape;
+  const Arithmetic arithmetic = arithmetic_for(kernels, *shape.info, x.is_bf16, x.rows);
+  const bool tiled = uses_tiles(kernels, arithmetic, x.rows);
+  const Tiling tiling(x.rows, shape.k_steps());
+  StageNeeds needs;
+  (arithmetic == Arithmetic::kInt8 ? needs.int8 : arithmetic == Arithmetic::kBf16 ? needs.bf16 : needs.f32) = true;
+  reserve_stage(engine.stage, needs, x.rows, x.cols);
+  if (tiled) engine.tiles.reserve(tiling.bytes());
+  const int workers = engine.workers_for(shape.bytes(), x.rows);
+  const int unit = strips_per_unit(shape.strips(), workers);
+  for (int w = 0; w < workers; ++w) reserve_gemm_scratch(engine.gemm_scratch(w), shape, x.rows, unit);
+  StripSink sink = {finish_store, &kernels, arithmetic, {}, out_is_bf16};
+  sink.args.rows = x.rows;
+  sink.args.scale_a = weights_.scales ? engine.stage.scale.as<float>() : nullptr;
+  sink.args.scale_b = weights_.scales;
+  sink.args.out = out;
+  sink.args.out_stride = static_cast<size_t>(shape.n);
+  sink.args.cols = shape.n;
+  const Activations a = {tiled ? engine.tiles.bytes() : staged_row(engine.stage, arithmetic, x.cols, 0),
+                         stage_stride(arithmetic, x.cols), x.rows, engine.stage.sum.as<int32_t>(), tiled, tiling};
+  UnitCounter rows, units;
+  Barrier barrier(workers);
+  engine.pool().run(workers, [&](int worker) {
+    for (int r = rows.take(); r < x.rows; r = rows.take()) {
+      stage_row(kernels, x, r, needs, engine.stage, r);
+      if (tiled) tiling.scatter(staged_row(engine.stage, arithmetic, x.cols, r), r, engine.tiles.bytes());
+    }
+    barrier.wait();
+    for (int u = units.take(); u * unit < shape.strips(); u = units.take()) {
+      const int begin = u * unit, end = std::min(begin + unit, shape.strips());
+      gemm_strips(kernels, arithmetic, weights_, begin, end, a, end < shape.strips() ? weights_.strip(end) : nullptr,
+                  engine.gemm_scratch(worker), sink);
+    }
+    if (kernels.tile_release) kernels.tile_release();
+  });
+}
+
+}  // namespace kt

@@ -1,0 +1,56 @@
+// The routed experts of one MoE layer: y[t] = sum over r of w[t, r] * down_e(silu(gate_e(x_t)) * up_e(x_t)), e = ids[t, r].
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "engine.h"
+#include "layout.h"
+#include "rows.h"
+
+namespace kt {
+
+struct ExpertBlob {
+  Format format;
+  const uint8_t* data;  // ExpertShape::blob_bytes() bytes, 64-byte aligned, owned by the caller
+};
+
+struct Routing {
+  const int64_t* ids;    // [tokens, k]; -1: none
+  const float* weights;  // [tokens, k]
+  int k;
+};
+
+class ExpertLayer {
+ public:
+  // Throws std::invalid_argument on sizes or alignment that cannot be.
+  ExpertLayer(std::shared_ptr<Engine> engine, int hidden_size, int moe_intermediate_size, std::vector<ExpertBlob> experts);
+
+  int num_experts() const { return static_cast<int>(experts_.size()); }
+  int hidden_size() const { return hidden_size_; }
+
+  // out: [x.rows, hidden_size] float, overwritten. Throws std::invalid_argument for ids outside [-1, num_experts); then
+  // out is untouched. The result does not depend on the number of threads.
+  void forward(const Input& x, const Routing& routing, float* out);
+
+ private:
+  struct Expert {
+    Weights gate_up;
+    Weights down;
+  };
+  struct Segment;
+  struct Plan;
+
+  void check_ids(const Routing& routing, int tokens) const;
+  Plan make_plan(const Input& x, const Routing& routing) const;
+  void forward_chunk(const Input& x, const Routing& routing, float* out);
+  void run_group(Plan& plan, int first, int last, int worker, struct GroupSync& sync, float* out);
+
+  std::shared_ptr<Engine> engine_;
+  int hidden_size_;
+  int intermediate_;
+  std::vector<Expert> experts_;
+};
+
+}  // namespace kt

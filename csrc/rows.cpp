@@ -1,0 +1,107 @@
+#include "rows.h"
+
+#include <cstring>
+
+namespace kt {
+namespace {
+
+uint16_t round_to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+void copy_bf16(const Input& x, int r, uint16_t* out, size_t padded) {
+  if (x.is_bf16) {
+    std::memcpy(out, x.row(r), 2 * static_cast<size_t>(x.cols));
+  } else {
+    const float* from = static_cast<const float*>(x.row(r));
+    for (int c = 0; c < x.cols; ++c) out[c] = round_to_bf16(from[c]);
+  }
+  std::memset(out + x.cols, 0, 2 * (padded - static_cast<size_t>(x.cols)));
+}
+
+void copy_f32(const Input& x, int r, float* out, size_t padded) {
+  if (x.is_bf16) {
+    const uint16_t* from = static_cast<const uint16_t*>(x.row(r));
+    for (int c = 0; c < x.cols; ++c) {
+      const uint32_t bits = static_cast<uint32_t>(from[c]) << 16;
+      std::memcpy(out + c, &bits, sizeof bits);
+    }
+  } else {
+    std::memcpy(out, x.row(r), 4 * static_cast<size_t>(x.cols));
+  }
+  std::memset(out + x.cols, 0, 4 * (padded - static_cast<size_t>(x.cols)));
+}
+
+}  // namespace
+
+Arithmetic arithmetic_for(const KernelTable& kernels, const FormatInfo& info, bool input_is_bf16, int rows) {
+  if (info.format != Format::kBf16) return Arithmetic::kInt8;
+  const bool tiles = input_is_bf16 && kernels.tile_bf16 && rows >= kernels.tile_min_rows;
+  return tiles ? Arithmetic::kBf16 : Arithmetic::kFloat;
+}
+
+bool uses_tiles(const KernelTable& kernels, Arithmetic arithmetic, int rows) {
+  if (arithmetic == Arithmetic::kFloat) return false;
+  return arithmetic == Arithmetic::kBf16 || (kernels.tile_s8 && rows >= kernels.tile_min_rows);
+}
+
+size_t int8_stride(int cols) { return round_up(static_cast<size_t>(cols), 128); }
+size_t bf16_stride(int cols) { return round_up(static_cast<size_t>(cols), 32) * 2; }
+size_t f32_stride(int cols) { return round_up(static_cast<size_t>(cols), 32) * 4; }
+
+size_t stage_stride(Arithmetic arithmetic, int cols) {
+  if (arithmetic == Arithmetic::kInt8) return int8_stride(cols);
+  return arithmetic == Arithmetic::kBf16 ? bf16_stride(cols) : f32_stride(cols);
+}
+
+void reserve_stage(RowStage& stage, const StageNeeds& needs, int rows, int cols) {
+  const size_t n = static_cast<size_t>(rows);
+  if (needs.int8) {
+    stage.int8.reserve(n * int8_stride(cols));
+    stage.scale.reserve(n * sizeof(float));
+    stage.sum.reserve(n * sizeof(int32_t));
+  }
+  if (needs.bf16) stage.bf16.reserve(n * bf16_stride(cols));
+  if (needs.f32) stage.f32.reserve(n * f32_stride(cols));
+}
+
+void convert_row(const KernelTable& kernels, const Input& x, int r, Arithmetic arithmetic, uint8_t* out, float* scale,
+                 int32_t* sum) {
+  const size_t cols = static_cast<size_t>(x.cols);
+  if (arithmetic == Arithmetic::kBf16) {
+    copy_bf16(x, r, reinterpret_cast<uint16_t*>(out), bf16_stride(x.cols) / 2);
+  } else if (arithmetic == Arithmetic::kFloat) {
+    copy_f32(x, r, reinterpret_cast<float*>(out), f32_stride(x.cols) / 4);
+  } else if (x.is_bf16) {
+    kernels.quantize_bf16(static_cast<const uint16_t*>(x.row(r)), cols, int8_stride(x.cols),
+                          reinterpret_cast<int8_t*>(out), scale, sum);
+  } else {
+    kernels.quantize_f32(static_cast<const float*>(x.row(r)), cols, int8_stride(x.cols), reinterpret_cast<int8_t*>(out),
+                         scale, sum);
+  }
+}
+
+void stage_row(const KernelTable& kernels, const Input& x, int r, const StageNeeds& needs, RowStage& stage, int to) {
+  const size_t at = static_cast<size_t>(to);
+  if (needs.int8) {
+    convert_row(kernels, x, r, Arithmetic::kInt8, stage.int8.bytes() + at * int8_stride(x.cols),
+                stage.scale.as<float>() + at, stage.sum.as<int32_t>() + at);
+  }
+  if (needs.bf16) {
+    convert_row(kernels, x, r, Arithmetic::kBf16, stage.bf16.bytes() + at * bf16_stride(x.cols), nullptr, nullptr);
+  }
+  if (needs.f32) {
+    convert_row(kernels, x, r, Arithmetic::kFloat, stage.f32.bytes() + at * f32_stride(x.cols), nullptr, nullptr);
+  }
+}
+
+const uint8_t* staged_row(const RowStage& stage, Arithmetic arithmetic, int cols, int r) {
+  const Buffer& rows = arithmetic == Arithmetic::kInt8 ? stage.int8
+                       : arithmetic == Arithmetic::kBf16 ? stage.bf16 : stage.f32;
+  return rows.bytes() + static_cast<size_t>(r) * stage_stride(arithmetic, cols);
+}
+
+}  // namespace kt

@@ -1,0 +1,49 @@
+// Activation rows on their way into a GEMM: conversion from the caller's type, and the choice of arithmetic.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "engine.h"
+
+namespace kt {
+
+// The caller's activations, [rows, cols] row-major.
+struct Input {
+  const void* data;
+  bool is_bf16;
+  int rows;
+  int cols;
+
+  const void* row(int r) const {
+    return static_cast<const char*>(data) + static_cast<size_t>(r) * static_cast<size_t>(cols) * (is_bf16 ? 2 : 4);
+  }
+};
+
+// Which staged forms a forward needs.
+struct StageNeeds {
+  bool int8 = false;
+  bool bf16 = false;
+  bool f32 = false;
+};
+
+// bf16 weights: exact float arithmetic for float input; the matrix unit for bf16 input and enough rows.
+Arithmetic arithmetic_for(const KernelTable& kernels, const FormatInfo& info, bool input_is_bf16, int rows);
+bool uses_tiles(const KernelTable& kernels, Arithmetic arithmetic, int rows);
+
+// Bytes between staged rows. int8 rows are padded to 128 features (the widest int4 group), the others to 32.
+size_t int8_stride(int cols);
+size_t bf16_stride(int cols);
+size_t f32_stride(int cols);
+size_t stage_stride(Arithmetic arithmetic, int cols);
+
+// Converts row r of x to what the arithmetic reads: stage_stride() bytes at out, and for kInt8 its scale and sum.
+void convert_row(const KernelTable& kernels, const Input& x, int r, Arithmetic arithmetic, uint8_t* out, float* scale,
+                 int32_t* sum);
+
+void reserve_stage(RowStage& stage, const StageNeeds& needs, int rows, int cols);
+// Converts row r of x to stage row `to`.
+void stage_row(const KernelTable& kernels, const Input& x, int r, const StageNeeds& needs, RowStage& stage, int to);
+const uint8_t* staged_row(const RowStage& stage, Arithmetic arithmetic, int cols, int r);
+
+}  // namespace kt

@@ -1,0 +1,128 @@
+"""The CPU expert engine seen from Python: threads, layers made from tensors or mapped from packs, forward."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import _kernels, env
+from .errors import HardwareError, InvalidInputError, UsageError
+
+# What a user asks for, and the pack format it means. int4's group is chosen by measured error (docs/engine.md).
+FORMAT_ALIASES = {"int4": "int4_g64"}
+
+
+def available_isas() -> list[str]:
+    """Names of the kernel tables this CPU runs, best first."""
+    return list(_kernels.available_isas())
+
+
+def pack_format(name: str) -> str:
+    """The pack format for a user's format name ("bf16", "int8", "int4", "int4_g128", ...). Raises UsageError."""
+    resolved = FORMAT_ALIASES.get(name, name)
+    if resolved not in _kernels.FORMATS:
+        valid = ", ".join([*_kernels.FORMATS, *FORMAT_ALIASES])
+        raise UsageError(f"unknown expert format {name!r}: expected one of {valid}")
+    return resolved
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A contiguous CPU tensor as numpy without copying; bf16 as its uint16 bit patterns."""
+    tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+class ExpertLayer:
+    """The routed experts of one MoE layer. Made by ExpertEngine."""
+
+    def __init__(self, layer: _kernels.ExpertLayer, hidden_size: int) -> None:
+        self._layer = layer
+        self.hidden_size = hidden_size
+        self.num_experts: int = layer.num_experts
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Weighted sum of each token's experts.
+
+        x: [T, hidden_size] bf16 or f32; expert_ids: [T, k] int64, -1 = none (x rows and weights of -1 are never
+        read); expert_weights: [T, k] f32. Returns [T, hidden_size] f32 (in `out` when given).
+        Raises InvalidInputError for ids out of range or wrong shapes and dtypes.
+        """
+        if out is None:
+            out = torch.empty((x.shape[0], self.hidden_size), dtype=torch.float32)
+        try:
+            self._layer.forward(as_numpy(x), as_numpy(expert_ids), as_numpy(expert_weights), out.numpy())
+        except ValueError as error:
+            raise InvalidInputError(f"expert layer: {error}") from None
+        return out
+
+
+class ExpertEngine:
+    """Threads and kernels that every expert layer and packed matrix of a model shares.
+
+    threads: workers, the caller included; None: KTTOOLS_CPU_INFER or every CPU of this process.
+    isa: name of a kernel table; None: KTTOOLS_ISA or the best. Raises HardwareError, listing what runs here.
+    """
+
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+        threads = env.default_threads() if threads is None else threads
+        if not 1 <= threads <= 1024:
+            raise UsageError(f"threads must be 1 to 1024, got {threads}")
+        try:
+            self.native = _kernels.Engine(threads, isa or env.forced_isa())
+        except ValueError as error:
+            raise HardwareError(str(error)) from None
+
+    @property
+    def threads(self) -> int:
+        """Number of workers, the caller included."""
+        return int(self.native.threads)
+
+    @property
+    def isa(self) -> str:
+        """Name of the kernel table in use."""
+        return str(self.native.isa)
+
+    def layer_from_tensors(
+        self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, format: str = "int8"
+    ) -> ExpertLayer:
+        """Quantise and tile experts in memory. gate, up: [E, I, H]; down: [E, H, I]; bf16 or f32."""
+        num_experts, intermediate, hidden = gate.shape
+        name = pack_format(format)
+        size = _kernels.expert_bytes(name, hidden, intermediate)
+        blobs = []
+        for expert in range(num_experts):
+            blob = aligned_bytes(size)
+            _kernels.pack_expert(name, as_numpy(gate[expert]), as_numpy(up[expert]), as_numpy(down[expert]), blob)
+            blobs.append(blob)
+        return self.layer_from_blobs(hidden, intermediate, [name] * num_experts, blobs)
+
+    def layer_from_pack(self, path: str | Path) -> ExpertLayer:
+        """Map a .ktpack file and use it in place. Raises PackFormatError."""
+        from .pack import map_pack
+
+        header, blobs = map_pack(Path(path))
+        names = {number: name for name, number in _kernels.FORMATS.items()}
+        formats = [names[entry.format] for entry in header.experts]
+        return self.layer_from_blobs(header.hidden_size, header.moe_intermediate_size, formats, blobs)
+
+    def layer_from_blobs(
+        self, hidden_size: int, moe_intermediate_size: int, formats: list[str], blobs: list[np.ndarray]
+    ) -> ExpertLayer:
+        """A layer over blobs in memory, one per expert, used in place and kept alive."""
+        layer = _kernels.ExpertLayer(self.native, hidden_size, moe_intermediate_size, formats, blobs)
+        return ExpertLayer(layer, hidden_size)
+
+
+def aligned_bytes(size: int, alignment: int = 4096) -> np.ndarray:
+    """An uninitialised uint8 array whose first byte lies on a multiple of `alignment`."""
+    raw = np.empty(size + alignment, dtype=np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + size]
