@@ -1,0 +1,7 @@
+"""python -m kttools"""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

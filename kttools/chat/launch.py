@@ -1,0 +1,104 @@
+"""From MODEL and options to a session: find or make the bundle, load it, set the defaults."""
+
+import contextlib
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kttools.model_source import ensure_bundle, resolve_model
+from kttools.options import notice
+from kttools_runtime.errors import InvalidInputError, UsageError
+
+from .session import ChatOptions, ChatSession, sampling_params
+
+DEFAULT_CACHE_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What kt.load() is told; None means its own default."""
+
+    device: str = "cpu"
+    cpu_infer: int | None = None
+    isa: str | None = None
+    expert_table: str | None = None
+    experts: int | None = None
+    cache_lens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling options as given; None means the model's own default."""
+
+    temp: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    seed: int | None = None
+
+
+def open_session(
+    model_name: str, load: LoadOptions, sampling: Sampling, n_predict: int, **options: Any
+) -> tuple[ChatSession, float]:
+    """The session and the seconds that loading took. options: other fields of ChatOptions."""
+    bundle = ensure_bundle(resolve_model(model_name), quantise_in_cache)
+    started = time.perf_counter()
+    model = load_model(bundle, load)
+    load_s = time.perf_counter() - started
+    tokenizer = model.tokenizer
+    params = sampling_params(
+        tokenizer.generation_config,
+        str(bundle),
+        temperature=sampling.temp,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repeat_penalty,
+        seed=sampling.seed,
+    )
+    chosen = ChatOptions(sampling=params, max_new_tokens=None if n_predict < 0 else n_predict, **options)
+    cache_len = load.cache_lens or min(model.config.max_position_embeddings, DEFAULT_CACHE_TOKENS)
+    return ChatSession(model, tokenizer, cache_len, chosen), load_s
+
+
+def load_model(bundle: Path, load: LoadOptions) -> Any:
+    """kt.load() with our options' names. Raises what it raises."""
+    import kttools_runtime as kt
+
+    if load.isa is not None:
+        os.environ["KTTOOLS_ISA"] = load.isa  # the runtime's own override: an unknown name raises there
+    return kt.load(
+        bundle,
+        device=load.device,
+        threads=load.cpu_infer,
+        cache_len=load.cache_lens,
+        expert_table=load.expert_table,
+        num_experts=load.experts,
+    )
+
+
+def quantise_in_cache(source: Path, target: Path) -> None:
+    """Makes the bundle of a checkpoint with the default formats; the plan goes to stderr (the answer alone
+    belongs on stdout)."""
+    from kttools.commands.quantize import command as quantize
+
+    notice(f"{source} is a checkpoint, not a bundle: quantising it once into {target}")
+    context = click.get_current_context()
+    with context.scope(), contextlib.redirect_stdout(sys.stderr):
+        arguments = [str(source), "-o", str(target)]
+        with quantize.make_context("quantize", arguments, parent=context.parent) as inner:
+            quantize.invoke(inner)
+
+
+def check_combination(raw: bool, system: str | None, force_think: bool) -> None:
+    """Raises UsageError for options that contradict each other."""
+    if raw and (system is not None or force_think):
+        raise UsageError("--raw completes plain text: it excludes -sys and --force_think")
+    if system is not None and not system.strip():
+        raise InvalidInputError("the system message is empty")

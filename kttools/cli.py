@@ -1,0 +1,169 @@
+"""The command line: a table of commands loaded on use, and errors turned into one line and an exit code."""
+
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+
+from kttools_runtime.errors import KTError
+from kttools_runtime.version import __version__
+
+from .options import Settings, adopt, config_values, global_options, normalise_token
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A command: where its click object is, and its line in the overview (so that --help imports nothing)."""
+
+    target: str
+    help: str
+
+
+COMMANDS: dict[str, Entry] = {
+    "quantize": Entry("kttools.commands.quantize:command", "Turn a checkpoint into a bundle."),
+    "chat": Entry("kttools.commands.chat:command", "Talk to a model, or answer one prompt."),
+    "inspect": Entry("kttools.commands.inspect:command", "Show what is in a bundle, checkpoint or pack."),
+    "verify": Entry("kttools.commands.verify:command", "Check every byte of a bundle."),
+    "doctor": Entry("kttools.commands.doctor:command", "Show what this machine can run, and what slows it."),
+    "completion": Entry("kttools.commands.completion:command", "Print the shell completion script."),
+}
+
+EXIT_RUNTIME, EXIT_USAGE, EXIT_INPUT, EXIT_RESOURCE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command is used, and no sooner."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        module_name, _, attribute = entry.target.partition(":")
+        command = getattr(importlib.import_module(module_name), attribute)
+        return adopt(command)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Also reads the config files, as defaults of the command about to run."""
+        name, command, rest = super().resolve_command(ctx, [args[0].replace("_", "-"), *args[1:]])
+        if command is not None and name is not None and not ctx.resilient_parsing:
+            ctx.default_map = {name: config_values(command, name)}
+        return name, command, rest
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The overview, from the table."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+EPILOG = (
+    "Every option also reads KTTOOLS_<OPTION> and kttools.toml (here, then in the user's config directory);"
+    " - and _ in option names are the same. Exit codes: 0 ok, 1 runtime error, 2 usage, 3 invalid input,"
+    " 4 not enough RAM or disk, 5 hardware, 6 quality gate, 7 download, 130 interrupted."
+)
+
+
+def build_group() -> click.Group:
+    """The root command."""
+    version = click.version_option(__version__, prog_name="kttools", message="%(prog)s %(version)s")
+    group = LazyGroup(
+        "kttools",
+        help="Convert, profile and run very large mixture-of-experts models on one affordable machine.",
+        epilog=EPILOG,
+        params=list(global_options()),
+        context_settings={"token_normalize_func": normalise_token, "help_option_names": ["-h", "--help"]},
+    )
+    version(group)
+    return group
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status; nothing escapes as a traceback unless --debug."""
+    settings = Settings(debug=_env_flag("KTTOOLS_DEBUG"), quiet=_env_flag("KTTOOLS_QUIET"))
+    try:
+        result = build_group().main(
+            args=None if args is None else list(args),
+            prog_name="kttools",
+            standalone_mode=False,
+            obj=settings,
+        )
+        sys.stdout.flush()
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        if settings.debug and not isinstance(error, (click.ClickException, click.Abort, BrokenPipeError)):
+            traceback.print_exc()
+        message, code = explain(error)
+        if isinstance(error, BrokenPipeError):
+            _close_stdout()
+        if message:
+            print(f"kttools: error: {_one_line(message)}", file=sys.stderr)
+        return code
+    return result if isinstance(result, int) else 0
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """(message or "", exit status) for anything a command can raise."""
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return "", EXIT_INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        return "", EXIT_RUNTIME
+    if isinstance(error, KTError):
+        return str(error) or type(error).__name__, error.exit_code
+    if isinstance(error, click.ClickException):
+        return _explain_usage(error)
+    if isinstance(error, OSError):
+        return _explain_os(error)
+    if isinstance(error, MemoryError) or _is_torch_memory(error):
+        return f"not enough memory: {error}".rstrip(": "), EXIT_RESOURCE
+    return f"unexpected {type(error).__name__}: {error} (use --debug for the traceback)", EXIT_RUNTIME
+
+
+def _explain_usage(error: click.ClickException) -> tuple[str, int]:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return "", EXIT_USAGE
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
+    return f"{error.format_message()}{hint}", error.exit_code
+
+
+def _explain_os(error: OSError) -> tuple[str, int]:
+    what = error.strerror or str(error) or type(error).__name__
+    message = f"{error.filename}: {what}" if error.filename is not None else what
+    if error.errno in DISK_FULL:
+        return message, EXIT_RESOURCE
+    return message, EXIT_INPUT if isinstance(error, NOT_THERE) else EXIT_RUNTIME
+
+
+def _is_torch_memory(error: BaseException) -> bool:
+    """torch raises OutOfMemoryError on a GPU and a plain RuntimeError when its CPU allocator fails."""
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _one_line(message: str) -> str:
+    return "; ".join(line.strip() for line in message.splitlines() if line.strip())
+
+
+def _env_flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def _close_stdout() -> None:
+    """Points stdout at nothing, so that the interpreter's last flush does not complain."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, sys.stdout.fileno())
+    os.close(sink)

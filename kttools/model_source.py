@@ -1,0 +1,113 @@
+"""What the user calls MODEL, found on disk: a bundle, a checkpoint, or a hub id in the local cache."""
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kttools_runtime.errors import DownloadError, InvalidInputError, UnsupportedModelError
+
+from .dirs import cache_dir
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+MANIFEST = "bundle.json"
+CONFIG = "config.json"
+SMALL_FILE_BYTES = 16 << 20  # up to here a fingerprint covers the content, beyond it the head and the tail
+EDGE_BYTES = 1 << 20
+
+
+def resolve_model(text: str) -> Path:
+    """The directory MODEL names. Raises InvalidInputError, UnsupportedModelError (GGUF) or DownloadError."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return _directory_of(path)
+    if HUB_ID.fullmatch(text) and not path.parent.is_dir():
+        return _hub_snapshot(text)
+    raise InvalidInputError(f"{text}: no such file or directory, and not a hub id (org/name)")
+
+
+def is_bundle(path: Path) -> bool:
+    """True when the directory holds a manifest."""
+    return (path / MANIFEST).is_file()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """True when the directory looks like a Hugging Face checkpoint."""
+    return not is_bundle(path) and (path / CONFIG).is_file()
+
+
+def ensure_bundle(path: Path, quantise: Callable[[Path, Path], None]) -> Path:
+    """A bundle for path: itself, or its form in the cache, made by quantise(source, target) if absent.
+
+    Two processes that want the same bundle wait for each other.
+    """
+    if is_bundle(path):
+        return path
+    if not is_checkpoint(path):
+        raise InvalidInputError(f"{path}: neither a bundle ({MANIFEST}) nor a checkpoint ({CONFIG})")
+    target = cache_dir() / "bundles" / f"{_plain_name(path)}-{fingerprint(path)[:16]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_name(target.name + ".lock")):
+        if not is_bundle(target):
+            quantise(path, target)
+    return target
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Hex digest of the directory's place and content: names and sizes of all files, bytes of the small ones,
+    of the large ones the first and last MiB and the modification time."""
+    digest = hashlib.sha256(str(checkpoint.resolve()).encode())
+    for file in sorted(p for p in checkpoint.iterdir() if p.is_file() and not p.name.startswith(".")):
+        status = file.stat()
+        digest.update(f"\0{file.name}\0{status.st_size}\0".encode())
+        with file.open("rb") as stream:
+            if status.st_size <= SMALL_FILE_BYTES:
+                digest.update(stream.read())
+                continue
+            digest.update(f"{status.st_mtime_ns}\0".encode())
+            digest.update(stream.read(EDGE_BYTES))
+            stream.seek(-EDGE_BYTES, os.SEEK_END)
+            digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def _directory_of(file: Path) -> Path:
+    if file.name in (MANIFEST, CONFIG):
+        return file.parent
+    if file.suffix == ".gguf":
+        raise UnsupportedModelError(f"{file}: GGUF files are not read yet; give a safetensors checkpoint")
+    raise InvalidInputError(f"{file}: expected a directory (a bundle or a checkpoint), got a file")
+
+
+def _hub_snapshot(repo_id: str) -> Path:
+    """The newest snapshot of a hub id in the local cache; nothing is downloaded (models are large)."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise DownloadError(
+            f"{repo_id}: not in the local Hugging Face cache (HF_HOME), and not a directory here;"
+            f" fetch it first: hf download {repo_id}"
+        ) from error
+
+
+def _plain_name(path: Path) -> str:
+    """A name for the cache: of a hub snapshot its repository, else the directory's own."""
+    resolved = path.resolve()
+    if resolved.parent.name == "snapshots":
+        resolved = resolved.parent.parent
+    return re.sub(r"[^\w.-]+", "-", resolved.name).strip("-.")[:80] or "model"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,153 @@
+"""What all commands share: spellings, environment variables, the config file, and options used by several.
+
+A command is an ordinary click command. adopt() gives each of its options an environment variable per long
+spelling (KTTOOLS_CPU_INFER for --cpu_infer) and the hidden --quiet and --debug; normalise_token() makes - and
+_ the same everywhere, so an option is declared once, in the spelling people know.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from . import config_file
+
+ENV_PREFIX = "KTTOOLS"
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(slots=True)
+class Settings:
+    """What --quiet and --debug set; the context's obj."""
+
+    quiet: bool = False
+    debug: bool = False
+
+
+def settings() -> Settings:
+    """The running command's settings; defaults outside of a command."""
+    context = click.get_current_context(silent=True)
+    return (context.find_object(Settings) if context else None) or Settings()
+
+
+def normalise_token(token: str) -> str:
+    """- and _ are the same in option and command names."""
+    return token.replace("-", "_")
+
+
+def long_spellings(option: click.Parameter) -> list[str]:
+    """Long names without dashes, with _: ["model", "model_path"] for -m/--model/--model_path."""
+    names = [*option.opts, *option.secondary_opts] if isinstance(option, click.Option) else []
+    return [normalise_token(name[2:]) for name in names if name.startswith("--")]
+
+
+def adopt(command: click.Command) -> click.Command:
+    """Completes a loaded command in place; safe to call again."""
+    present = {spelling for param in command.params for spelling in long_spellings(param)}
+    command.params.extend(o for o in global_options(hidden=True) if o.name not in present)
+    for param in command.params:
+        if isinstance(param, click.Option) and param.envvar is None and param.allow_from_autoenv:
+            off = {normalise_token(name[2:]) for name in param.secondary_opts}
+            names = [name for name in long_spellings(param) if name not in off]
+            param.envvar = [f"{ENV_PREFIX}_{name.upper()}" for name in names]
+    return command
+
+
+def config_values(command: click.Command, name: str) -> dict[str, Any]:
+    """Values of the config files for this command's parameters, for click's default_map."""
+    known = {s: p.name for p in command.params for s in long_spellings(p) if p.name is not None}
+    return config_file.option_values(name, known)
+
+
+def global_options(hidden: bool = False) -> list[click.Option]:
+    """--quiet and --debug, accepted before and after the command's name."""
+    return [
+        click.Option(
+            ["--quiet"],
+            is_flag=True,
+            hidden=hidden,
+            expose_value=False,
+            callback=_set_quiet,
+            help="No progress and no notices on stderr.",
+        ),
+        click.Option(
+            ["--debug"],
+            is_flag=True,
+            hidden=hidden,
+            expose_value=False,
+            is_eager=True,
+            callback=_set_debug,
+            help="Show the traceback of an error.",
+        ),
+    ]
+
+
+def _set_quiet(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(Settings).quiet = True
+
+
+def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(Settings).debug = True
+
+
+def notice(message: str) -> None:
+    """A line on stderr, unless --quiet."""
+    if not settings().quiet:
+        click.echo(message, err=True)
+
+
+def model_argument(function: F) -> F:
+    """MODEL as an argument or as -m/--model/--model_path; the command receives `model` from pick_model()."""
+    function = click.argument("model_argument", metavar="[MODEL]", required=False)(function)
+    return click.option(
+        "-m",
+        "--model",
+        "--model_path",
+        "--gguf_path",
+        "model_option",
+        metavar="MODEL",
+        help="The model, instead of the argument.",
+    )(function)
+
+
+def pick_model(argument: str | None, option: str | None, context: click.Context) -> str:
+    """The one MODEL given. Raises a usage error for none, or for two that differ."""
+    source = context.get_parameter_source("model_option")
+    if argument is not None and option is not None and argument != option:
+        if source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"MODEL is given twice: {argument} and {option}")
+        return argument
+    chosen = argument if argument is not None else option
+    if not chosen:
+        raise click.UsageError("Missing argument 'MODEL': a bundle, a checkpoint directory or a hub id")
+    return chosen
+
+
+def cpu_infer_option(function: F) -> F:
+    """-t/--threads/--cpu_infer as `cpu_infer`."""
+    return click.option(
+        "-t",
+        "--threads",
+        "--cpu_infer",
+        "cpu_infer",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="CPU threads [default: all this process may use].",
+    )(function)
+
+
+def isa_option(function: F) -> F:
+    """--isa as `isa`; the engine refuses names it does not have."""
+    return click.option("--isa", metavar="NAME", help="Force a kernel table; `kttools doctor` lists them.")(
+        function
+    )
+
+
+def json_option(function: F) -> F:
+    """--json as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(
+        function
+    )
