@@ -1,0 +1,98 @@
+"""From a bundle on disk to a Model: options checked first, then headers, then weights."""
+
+from pathlib import Path
+
+import torch
+
+from .errors import HardwareError, UnsupportedModelError, UsageError
+from .linear import Placement
+from .manifest import Manifest, load_manifest
+from .model import Model, build_model
+from .moe import RoutedExperts
+from .shards import ShardWeights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: torch.bfloat16}
+
+
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: str | None = None,
+    threads: int | None = None,
+    cache_len: int | None = None,
+    expert_table: str | Path | None = None,
+    num_experts: int | None = None,
+    isa: str | None = None,
+) -> Model:
+    """Open a bundle for computing.
+
+    device: "cpu" or "cuda:N". dtype: "float32" (activations never rounded; with bf16 packs and shards this is the
+    reference path), "bfloat16", or None for the fastest that keeps quality, today bfloat16: inputs of matrix
+    products and the KV cache are bfloat16, everything between them float32. threads: CPU threads; None:
+    KTTOOLS_CPU_INFER or every CPU of this process. cache_len: default length of new caches in tokens.
+    expert_table: None or "none", the native router. num_experts: fewer routed experts per token. isa: kernel table.
+    Raises UsageError, HardwareError, InvalidInputError and its subclasses.
+    """
+    where = _device(device)
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    if cache_len is not None and cache_len < 1:
+        raise UsageError(f"cache_len must be positive, got {cache_len}")
+    if expert_table not in (None, "none"):
+        raise UsageError(f"expert tables are not supported yet, got {str(expert_table)!r}; use none")
+    manifest = load_manifest(path)
+    _check_kinds(manifest)
+    return _load(manifest, where, DTYPES[dtype], threads, cache_len, num_experts, isa)
+
+
+def _load(
+    manifest: Manifest,
+    device: torch.device,
+    dtype: torch.dtype,
+    threads: int | None,
+    cache_len: int | None,
+    num_experts: int | None,
+    isa: str | None,
+) -> Model:
+    from .experts import ExpertEngine
+
+    engine = ExpertEngine(threads, isa)
+    shards = ShardWeights(
+        [manifest.path(name) for name in manifest.files if name.endswith(".safetensors")], manifest.linears
+    )
+
+    def experts(layer: int) -> RoutedExperts:
+        # int8 and int4 kernels quantise their input themselves: rounding it to bf16 first would only lose bits.
+        is_bf16 = manifest.experts[layer].format == "bf16"
+        mapped = engine.layer_from_pack(manifest.expert_path(layer))
+        return RoutedExperts(mapped, dtype if is_bf16 else torch.float32)
+
+    return build_model(
+        manifest.model,
+        Placement(shards, device, dtype, engine.native),
+        experts,
+        threads=engine.threads,
+        cache_len=cache_len,
+        num_experts=num_experts,
+        tokenizer_dir=manifest.root / "tokenizer",
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise UsageError(f"unknown device {name!r}: expected cpu or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {name!r}: expected cpu or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise HardwareError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    """ModelConfig allows only kinds this runtime has; a newer one that does not must fail here, not in a layer."""
+    config = manifest.model
+    for key, value, known in (("attention", config.attention, "mla"), ("router", config.router, "sigmoid_bias_groups")):
+        if value != known:
+            raise UnsupportedModelError(f"{manifest.root}: {key} {value!r} is not supported, only {known}")

@@ -1,0 +1,69 @@
+"""The device weights of a bundle: safetensors shards as a WeightSource."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from .errors import CorruptFileError
+from .safetensors_file import TensorInfo, read_header, read_tensor
+from .weights import PARTS, LinearWeights
+
+# Name of a format in the manifest -> in weights.PARTS.
+FORMAT_PARTS = {"bf16": "float", "int8": "int8", "int4": "int4"}
+
+
+class ShardWeights:
+    """Tensors of several safetensors files by name. Only headers are read until a tensor is asked for.
+
+    formats: the manifest's `linears`, tensor base name -> "bf16" | "int8" | "int4"; what the shards hold must agree.
+    Raises CorruptFileError for a broken header, a name in two files, or a tensor that is missing or misshapen.
+    """
+
+    def __init__(self, files: Iterable[Path], formats: dict[str, str]) -> None:
+        self.formats = formats
+        self.infos: dict[str, TensorInfo] = {}
+        for file in sorted(files):
+            for name, info in read_header(file).tensors.items():
+                if name in self.infos:
+                    raise CorruptFileError(f"{file}: tensor {name} is also in {self.infos[name].file}")
+                self.infos[name] = info
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        info = self._info(name)
+        if tuple(info.shape) != shape:
+            raise CorruptFileError(
+                f"{info.file}: tensor {name}: expected shape {list(shape)}, got {list(info.shape)}"
+            )
+        return read_tensor(info)
+
+    def linear(self, base: str, out_features: int, in_features: int) -> LinearWeights:
+        """The format is recognised by the suffixes present."""
+        form = self._format(base)
+        parts = {suffix: read_tensor(self._info(f"{base}.{suffix}")) for suffix in PARTS[form]}
+        matrix = LinearWeights(base, in_features, form, parts)
+        if matrix.out_features != out_features:
+            file = self._info(f"{base}.{PARTS[form][0]}").file
+            raise CorruptFileError(
+                f"{file}: {base}: expected {out_features} output rows, got {matrix.out_features}"
+            )
+        return matrix
+
+    def _format(self, base: str) -> str:
+        present = [form for form, suffixes in PARTS.items() if self._has_all(base, suffixes)]
+        if not present:
+            raise CorruptFileError(f"no shard holds {base}.weight in any format; quantize the model again")
+        form = present[-1]  # int4's parts include int8's
+        listed = self.formats.get(base)
+        if listed is not None and FORMAT_PARTS.get(listed) != form:
+            raise CorruptFileError(f"{base}: the manifest says {listed}, the shards hold {form}")
+        return form
+
+    def _has_all(self, base: str, suffixes: tuple[str, ...]) -> bool:
+        return all(f"{base}.{suffix}" in self.infos for suffix in suffixes)
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.infos.get(name)
+        if info is None:
+            raise CorruptFileError(f"no shard holds tensor {name}; quantize the model again")
+        return info
