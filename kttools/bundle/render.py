@@ -122,7 +122,7 @@ def _model(model: dict[str, Any]) -> Rows:
         ("hidden_size", f"{model['hidden_size']}, moe_intermediate_size {model['moe_intermediate_size']}"),
         (
             "attention",
-            f"{model['attention']}, {model['num_attention_heads']} heads, kv_lora_rank {model['kv_lora_rank']}",
+            f"{model['attention']}, {model['num_attention_heads']} heads, latent {model['kv_lora_rank']}",
         ),
         ("router", f"{model['router']}: {experts}"),
         ("context", f"{context}, yarn factor {yarn['factor']:g}" if yarn else context),
