@@ -2,6 +2,7 @@
 #   make demo     install, quantize the sample model, ask it one question
 #   make test     install and run all tests
 #   make lint     ruff, mypy, clang-format
+#   make sanitize  the kernel tests with AddressSanitizer and UBSan
 #   make bench    measure the expert engine against this machine's own ceilings
 #   make docs     rewrite the generated pages of docs/
 #   make clean    remove what was built (distclean: .venv too)
@@ -11,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 DEMO := build/demo
+ASAN := $(CURDIR)/build/asan
 
 # Python's own build asks for gcc by name; where only clang is installed, say so.
 ifeq ($(shell command -v g++ 2>/dev/null),)
@@ -21,9 +23,9 @@ endif
 endif
 
 NATIVE := $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/isa/*.cpp csrc/isa/*.h)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/isa/*.cpp csrc/isa/*.h)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/isa/*.cpp csrc/isa/*.h tests/csrc/*.cpp)
 
-.PHONY: install dev demo test lint bench docs clean distclean
+.PHONY: install dev demo test lint sanitize bench docs clean distclean
 
 install: $(VENV)/.installed
 dev: $(VENV)/.dev
@@ -60,6 +62,13 @@ lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+# A second build in build/asan; the sanitizer's runtime must be in the process before Python's own allocations.
+sanitize: dev
+	KTTOOLS_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-base $(ASAN) --build-lib $(ASAN)/lib
+	PYTHONPATH=$(ASAN)/lib ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest -m isa
 
 bench: install
 	$(BIN)/kttools bench experts
