@@ -1,4 +1,4 @@
-"""Writes safetensors files and small checkpoints byte by byte, lies included; shares no code with the reader."""
+"""Writes safetensors files and small checkpoints byte by byte, lies included; no code of the reader."""
 
 import copy
 import json
@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}
+NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 # A DeepSeek-V3 config.json of odd small sizes, as the hub writes it.
 CONFIG: dict[str, Any] = {
@@ -79,7 +85,7 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
 
 
 def save_sharded(directory: Path, tensors: dict[str, Tensor], shards: int, digits: int = 5) -> dict[str, str]:
-    """Shards and index; digits: of the number after "of" (DeepSeek's own page has six). Returns the weight_map."""
+    """Shards and index; digits: of the number after "of" (five, or DeepSeek's six)."""
     names = list(tensors)
     weight_map: dict[str, str] = {}
     for shard in range(shards):
@@ -128,7 +134,9 @@ def hub_tensors(values: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
         shapes["lm_head.weight"] = (values["vocab_size"], hidden)
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randn(shape, generator=generator).to(torch.float32 if "e_score" in name else torch.bfloat16)
+        name: torch.randn(shape, generator=generator).to(
+            torch.float32 if "e_score" in name else torch.bfloat16
+        )
         for name, shape in shapes.items()
     }
 
@@ -138,8 +146,10 @@ def _mlp(prefix: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
     return wide | {f"{prefix}down_proj.weight": (hidden, inner)}
 
 
-def stack_experts(tensors: dict[str, Tensor], values: dict[str, Any], fuse: bool, suffix: str = "") -> dict[str, Tensor]:
-    """The same weights with each layer's experts stacked, gate and up fused or not, as newer transformers save."""
+def stack_experts(
+    tensors: dict[str, Tensor], values: dict[str, Any], fuse: bool, suffix: str = ""
+) -> dict[str, Tensor]:
+    """The same weights with each layer's experts stacked, gate and up fused or not."""
     result = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
     for layer in range(values["first_k_dense_replace"], values["num_hidden_layers"]):
         prefix = f"model.layers.{layer}.mlp.experts."

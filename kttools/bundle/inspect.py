@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kttools_runtime.pack import read_pack_header
-
 from kttools.checkpoint import Checkpoint, TensorInfo
 from kttools.families import Role, SourceModel, canonical_tensors, open_model
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
 from kttools_runtime.manifest import MANIFEST_NAME, Manifest, load_manifest
+from kttools_runtime.pack import read_pack_header
 from kttools_runtime.safetensors_file import read_header
 
 from .manifest import collect_files

@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kttools_runtime.pack import read_pack_header
-
 from kttools.checkpoint import Checkpoint
 from kttools.families import TensorSpec, canonical_tensors
 from kttools_runtime.errors import CorruptFileError, InvalidInputError
 from kttools_runtime.manifest import FileEntry, Manifest, presence_problem, read_manifest
+from kttools_runtime.pack import read_pack_header
 
 from .hashing import digest_file
 from .manifest import collect_files

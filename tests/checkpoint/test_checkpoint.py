@@ -184,10 +184,10 @@ def test_duplicate_name_in_the_index(tmp_path: Path) -> None:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="no such file or directory"):
         Checkpoint.open(tmp_path / "nowhere")
-    with pytest.raises(InvalidInputError, match="no safetensors files$"):
+    with pytest.raises(InvalidInputError, match=r"no safetensors files$"):
         Checkpoint.open(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(InvalidInputError, match="pickles .* are never read"):
+    with pytest.raises(InvalidInputError, match=r"pickles .* are never read"):
         Checkpoint.open(tmp_path)
     with pytest.raises(InvalidInputError, match="expected a directory"):
         Checkpoint.open(tmp_path / "pytorch_model.bin")

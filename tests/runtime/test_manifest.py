@@ -1,0 +1,240 @@
+"""bundle.json as hostile input: one attack per rule, and every single byte flip."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kttools_runtime import strict_json
+from kttools_runtime.config import ModelConfig
+from kttools_runtime.errors import CorruptFileError, InvalidInputError
+from kttools_runtime.manifest import load_manifest, parse_manifest, read_manifest, self_sha256
+from tests.runtime.test_config import VALUES
+
+HASHES = {"xxh3_128": "0" * 32, "sha256": "a" * 64}
+DOCUMENT: dict[str, Any] = {
+    "format": "kttools-bundle",
+    "version": 1,
+    "tool": {"name": "kttools", "version": "0.1.0"},
+    "model": VALUES,
+    "source": {"config": {"n": 1e-6}, "files": [{"path": "config.json", "bytes": 5, "sha256": "b" * 64}]},
+    "recipe": {"cpu_format": "int8"},
+    "experts": {
+        "1": {"file": "experts/layer-00001.ktpack", "format": "int8"},
+        "3": {"file": "experts/layer-00003.ktpack", "format": "int4_g32"},
+    },
+    "linears": {"lm_head": "int4"},
+    "files": [
+        {"path": "experts/layer-00001.ktpack", "bytes": 3, **HASHES},
+        {"path": "experts/layer-00003.ktpack", "bytes": 0, **HASHES},
+    ],
+}
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(DOCUMENT)) | changes
+
+
+def signed(content: dict[str, Any]) -> bytes:
+    """Canonical bytes with the right checksum: only the content is hostile."""
+    return strict_json.canonical(content | {"manifest_sha256": self_sha256(content)})
+
+
+def write_bundle(root: Path, content: dict[str, Any]) -> Path:
+    (root / "experts").mkdir(parents=True)
+    (root / "experts/layer-00001.ktpack").write_bytes(b"abc")
+    (root / "experts/layer-00003.ktpack").write_bytes(b"")
+    (root / "bundle.json").write_bytes(signed(content))
+    return root
+
+
+def test_reads_what_is_there(tmp_path: Path) -> None:
+    manifest = load_manifest(write_bundle(tmp_path / "b", document()))
+    assert manifest.model == ModelConfig.from_dict(VALUES)
+    assert manifest.experts[3].format == "int4_g32"
+    assert manifest.expert_path(1).read_bytes() == b"abc"
+    assert manifest.files["experts/layer-00001.ktpack"].bytes == 3
+    assert manifest.linears == {"lm_head": "int4"}
+    with pytest.raises(InvalidInputError, match="does not list 'x'"):
+        manifest.path("x")
+
+
+def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def apply(content: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        if to is ...:
+            del content[keys[-1]]
+        else:
+            content[keys[-1]] = to
+
+    return apply
+
+
+def paths(*values: Any) -> list[dict[str, Any]]:
+    listed = [{"path": value, "bytes": 0, **HASHES} for value in values]
+    return json.loads(json.dumps(DOCUMENT["files"])) + listed
+
+
+PLAIN = "is not a plain relative path"
+ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "other format": (change("format", to="zip"), "not a kttools-bundle manifest"),
+    "unknown key": (change("extra", to=1), "unknown or missing keys: extra"),
+    "missing key": (change("recipe", to=...), "unknown or missing keys: recipe"),
+    "model broken": (change("model", "n_group", to=5), "model config: n_group must be a divisor"),
+    "model a list": (change("model", to=[]), "model config: .* must be an object"),
+    "tool without version": (change("tool", to={"name": "x"}), "tool must give name and version"),
+    "tool a number": (change("tool", to=1), "tool must be an object"),
+    "source without files": (change("source", to={"config": {}}), "source must give config and files"),
+    "source files an object": (change("source", "files", to={}), "source.files must be a list"),
+    "source file of odd keys": (
+        change("source", "files", to=[{}]),
+        "source.files: expected path, bytes and sha256",
+    ),
+    "source hash": (
+        change("source", "files", 0, "sha256", to="x"),
+        "a hash must be 64 lower-case hex digits",
+    ),
+    "recipe a list": (change("recipe", to=[]), "recipe must be an object"),
+    "layer missing": (change("experts", "3", to=...), "experts must list the MoE layers"),
+    "layer too many": (change("experts", "2", to={}), "experts must list the MoE layers"),
+    "layer with a zero": (change("experts", "03", to={}), "experts must list the MoE layers"),
+    "expert without format": (
+        change("experts", "3", "format", to=...),
+        "experts.3 must give file and format",
+    ),
+    "expert of no file": (change("experts", "3", "file", to="x"), "experts.3: 'x' is not in files"),
+    "expert file a list": (change("experts", "3", "file", to=[]), r"experts.3: \[\] is not in files"),
+    "expert format": (
+        change("experts", "3", "format", to="In T"),
+        "experts.3.format: expected a format name",
+    ),
+    "linear format": (change("linears", "lm_head", to="int3"), "expected bf16, int8, int4, got 'int3'"),
+    "linear format a list": (change("linears", "lm_head", to=[]), "expected bf16, int8, int4"),
+    "files an object": (change("files", to={}), "files must be a list of path"),
+    "file of odd keys": (change("files", 0, "size", to=1), "files must be a list of path"),
+    "up": (change("files", to=paths("../x")), PLAIN),
+    "up inside": (change("files", to=paths("a/../../x")), PLAIN),
+    "dot": (change("files", to=paths("./x")), PLAIN),
+    "absolute": (change("files", to=paths("/etc/passwd")), PLAIN),
+    "double slash": (change("files", to=paths("a//x")), PLAIN),
+    "trailing slash": (change("files", to=paths("a/")), PLAIN),
+    "backslash": (change("files", to=paths("a\\x")), PLAIN),
+    "drive": (change("files", to=paths("C:x")), PLAIN),
+    "hidden": (change("files", to=paths(".ssh/x")), PLAIN),
+    "zero byte": (change("files", to=paths("a\0")), PLAIN),
+    "newline": (change("files", to=paths("a\n")), PLAIN),
+    "empty path": (change("files", to=paths("")), PLAIN),
+    "long path": (change("files", to=paths("a" * 600)), PLAIN),
+    "path a number": (change("files", to=paths(1)), PLAIN),
+    "itself": (change("files", to=paths("bundle.json")), PLAIN),
+    "twice": (change("files", to=paths("x", "x")), "'x' is listed twice"),
+    "negative size": (change("files", 0, "bytes", to=-1), "must be a non-negative integer"),
+    "boolean size": (change("files", 0, "bytes", to=True), "must be a non-negative integer"),
+    "huge size": (change("files", 0, "bytes", to=2**63), "must be a non-negative integer"),
+    "short hash": (change("files", 0, "sha256", to="a" * 63), "a hash must be 64 lower-case hex digits"),
+    "upper-case hash": (
+        change("files", 0, "xxh3_128", to="A" * 32),
+        "a hash must be 32 lower-case hex digits",
+    ),
+}
+
+
+@pytest.mark.parametrize(("attack", "message"), ATTACKS.values(), ids=ATTACKS.keys())
+def test_hostile_content(attack: Callable[[dict[str, Any]], None], message: str) -> None:
+    content = document()
+    attack(content)
+    with pytest.raises(CorruptFileError, match=message):
+        parse_manifest(signed(content), Path("b"))
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", True, None])
+def test_other_versions_are_not_called_damaged(version: Any) -> None:
+    with pytest.raises(InvalidInputError, match="this program reads version 1") as caught:
+        parse_manifest(signed(document(version=version)), Path("b"))
+    assert not isinstance(caught.value, CorruptFileError)
+
+
+def test_every_byte_flip_is_noticed() -> None:
+    data = signed(document())
+    for position in range(len(data)):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << (position % 8)
+        with pytest.raises(InvalidInputError):
+            parse_manifest(bytes(flipped), Path("b"))
+
+
+def test_every_cut_is_noticed() -> None:
+    data = signed(document())
+    for length in range(len(data)):
+        with pytest.raises(CorruptFileError):
+            parse_manifest(data[:length], Path("b"))
+
+
+def test_only_the_canonical_bytes() -> None:
+    content = document()
+    content["manifest_sha256"] = self_sha256(content)
+    for data in (
+        json.dumps(content).encode(),
+        json.dumps(content, indent=1, sort_keys=False).encode() + b"\n",
+        strict_json.canonical(content) + b"\n",
+        strict_json.canonical(content).replace(b'"bytes": 3', b'"bytes":  3'),
+    ):
+        with pytest.raises(CorruptFileError, match="not in canonical form"):
+            parse_manifest(data, Path("b"))
+
+
+def test_wrong_checksum() -> None:
+    content = document() | {"manifest_sha256": "0" * 64}
+    with pytest.raises(CorruptFileError, match="manifest_sha256 does not match"):
+        parse_manifest(strict_json.canonical(content), Path("b"))
+    content["manifest_sha256"] = 7
+    with pytest.raises(CorruptFileError, match="manifest_sha256 does not match"):
+        parse_manifest(strict_json.canonical(content), Path("b"))
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InvalidInputError, match=r"not a bundle \(no bundle.json\)"):
+            read_manifest(path)
+
+
+def test_presence_and_size_at_load(tmp_path: Path) -> None:
+    root = write_bundle(tmp_path / "b", document())
+    pack = root / "experts/layer-00001.ktpack"
+    pack.write_bytes(b"abcd")
+    with pytest.raises(CorruptFileError, match="expected 3 bytes, got 4; run kttools verify"):
+        load_manifest(root)
+    pack.unlink()
+    with pytest.raises(CorruptFileError, match=r"listed in bundle.json but no such file"):
+        load_manifest(root)
+    pack.mkdir()
+    with pytest.raises(CorruptFileError, match="not a regular file"):
+        load_manifest(root)
+
+
+def test_links_may_not_lead_out(tmp_path: Path) -> None:
+    root = write_bundle(tmp_path / "b", document())
+    pack, outside = root / "experts/layer-00001.ktpack", tmp_path / "outside"
+    outside.write_bytes(b"abc")
+    pack.unlink()
+    pack.symlink_to(outside)
+    with pytest.raises(CorruptFileError, match="a symbolic link leads out of the bundle"):
+        load_manifest(root)
+    pack.unlink()
+    (root / "inside").write_bytes(b"abc")
+    pack.symlink_to(root / "inside")
+    load_manifest(root)
+    os.rename(root / "experts", tmp_path / "experts")
+    (root / "experts").symlink_to(tmp_path / "experts")
+    with pytest.raises(CorruptFileError, match="a symbolic link leads out of the bundle"):
+        load_manifest(root)
+
+
+def test_a_bundle_reached_through_a_link_is_fine(tmp_path: Path) -> None:
+    root = write_bundle(tmp_path / "b", document())
+    (tmp_path / "link").symlink_to(root)
+    assert load_manifest(tmp_path / "link").expert_path(1).read_bytes() == b"abc"
