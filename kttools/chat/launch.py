@@ -1,7 +1,6 @@
 """From MODEL and options to a session: find or make the bundle, load it, set the defaults."""
 
 import contextlib
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from kttools.options import notice
 from kttools_runtime.errors import InvalidInputError, UsageError
 
 from .session import ChatOptions, ChatSession, sampling_params
-
-DEFAULT_CACHE_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +60,13 @@ def open_session(
         seed=sampling.seed,
     )
     chosen = ChatOptions(sampling=params, max_new_tokens=None if n_predict < 0 else n_predict, **options)
-    cache_len = load.cache_lens or min(model.config.max_position_embeddings, DEFAULT_CACHE_TOKENS)
-    return ChatSession(model, tokenizer, cache_len, chosen), load_s
+    return ChatSession(model, tokenizer, load.cache_lens, chosen), load_s
 
 
 def load_model(bundle: Path, load: LoadOptions) -> Any:
     """kt.load() with our options' names. Raises what it raises."""
     import kttools_runtime as kt
 
-    if load.isa is not None:
-        os.environ["KTTOOLS_ISA"] = load.isa  # the runtime's own override: an unknown name raises there
     return kt.load(
         bundle,
         device=load.device,
@@ -80,6 +74,7 @@ def load_model(bundle: Path, load: LoadOptions) -> Any:
         cache_len=load.cache_lens,
         expert_table=load.expert_table,
         num_experts=load.experts,
+        isa=load.isa,
     )
 
 

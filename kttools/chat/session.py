@@ -13,6 +13,7 @@ from kttools_runtime.tokenizer import Tokenizer
 from .stats import Stats
 
 THINK_OPENING = "<think>\n"
+STOPPABLE_TOKENS = 1024  # prefilled between two looks at Ctrl-C
 # generation_config.json key -> SamplingParams field: the model authors' defaults, below every option
 GENERATION_KEYS = {
     "temperature": "temperature",
@@ -70,10 +71,10 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 class ChatSession:
     """One conversation. Not for several threads.
 
-    model: as generate() needs it; cache_len: tokens of prompt and answers together.
+    model: as generate() needs it; cache_len: tokens of prompt and answers, None: the model's default.
     """
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, cache_len: int, options: ChatOptions) -> None:
+    def __init__(self, model: Any, tokenizer: Tokenizer, cache_len: int | None, options: ChatOptions) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.cache = model.new_cache(cache_len)
         self.system: str | None = None
@@ -149,7 +150,7 @@ class ChatSession:
             self.options.sampling,
             stop_ids=self._stop_ids,
             cache=self.cache,
-            chunk_size=self.options.chunk_size,
+            chunk_size=self.options.chunk_size or STOPPABLE_TOKENS,
             history=ids[:reused],
             should_stop=should_stop,
         )

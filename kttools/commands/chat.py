@@ -56,7 +56,7 @@ Examples:
     "cache_lens",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Tokens of prompt and answers the KV cache holds [default: the model's context, at most 8192].",
+    help="Tokens of prompt and answers the KV cache holds [default: the model's context, at most 32768].",
 )
 @click.option("--chunk_size", type=click.IntRange(min=1), metavar="N", help="Tokens prefilled at a time.")
 @click.option(

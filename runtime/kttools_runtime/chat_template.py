@@ -18,7 +18,7 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from .errors import InvalidInputError
 from .template_limits import (
@@ -35,7 +35,7 @@ from .template_limits import (
 )
 
 MAX_TEMPLATE_CHARS = 1 << 20
-MAX_STEPS = 1_000_000
+MAX_STEPS = 300_000
 MAX_SECONDS = 20.0
 
 FILTERS = frozenset(
@@ -173,6 +173,12 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         blocked = isinstance(obj, (str, bytes)) and attr in BLOCKED_METHODS
         return not blocked and super().is_safe_attribute(obj, attr, value)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+        """An attribute the sandbox hides; jinja2 alone would render it as nothing."""
+        if attribute.startswith("_"):
+            raise SecurityError(f"access to {attribute!r} is not allowed")
+        return super().unsafe_undefined(obj, attribute)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """str.format is refused: its widths multiply, and no chat template needs it."""

@@ -15,11 +15,11 @@ class TemplateLimitError(Exception):
 
 
 def measure(value: object) -> int:
-    """Characters plus items reachable from value; raises TemplateLimitError beyond MAX_VALUE_CHARS."""
-    total, stack = 0, [value]
+    """Characters plus items reachable from value; raises TemplateLimitError beyond the limits of both."""
+    total, items, stack = 0, 0, [value]
     while stack:
         item = stack.pop()
-        total += 1
+        items += 1
         if isinstance(item, (str, bytes)):
             total += len(item)
         elif isinstance(item, Mapping):
@@ -27,9 +27,11 @@ def measure(value: object) -> int:
             stack.extend(item.values())
         elif isinstance(item, (list, tuple, set, frozenset)):
             stack.extend(item)
-        if total + len(stack) > MAX_VALUE_CHARS:
-            raise TemplateLimitError(f"a value grows beyond {MAX_VALUE_CHARS} characters")
-    return total
+        if total > MAX_VALUE_CHARS or items + len(stack) > MAX_ITEMS:
+            raise TemplateLimitError(
+                f"a value grows beyond {MAX_VALUE_CHARS} characters or {MAX_ITEMS} items"
+            )
+    return total + items
 
 
 def check_size(size: int) -> None:
