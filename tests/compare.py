@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def assert_close(got: Tensor, expected: Tensor, tol: float, what: str = "result") -> None:
-    """Largest absolute error over the largest expected magnitude must be at most tol; shapes must be equal."""
+    """Largest absolute error over largest expected magnitude at most tol; equal shapes."""
     if got.shape != expected.shape:
         raise AssertionError(f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
     err = relative_error(got, expected)

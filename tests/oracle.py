@@ -1,7 +1,8 @@
 """transformers' DeepseekV3ForCausalLM as the oracle, and its weights as a WeightSource for the runtime.
 
 The oracle is independent code in float32. Its random weights are exact in bfloat16, so that storing them in a
-checkpoint or a pack changes nothing, and scaled so that every layer matters: an error anywhere moves the logits.
+checkpoint or a pack changes nothing, and scaled so that every layer matters: an error anywhere moves the
+logits.
 """
 
 import math
@@ -10,15 +11,46 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.linear import Placement
 from kttools_runtime.model import Model, build_model
 from kttools_runtime.moe import RoutedExperts
 from kttools_runtime.weights import LinearWeights
-from torch import Tensor
 
 Weights = dict[str, Tensor]
+
+# Keys of ModelConfig that a transformers config has under the same name.
+SAME_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "attention_bias",
+    "rms_norm_eps",
+    "rope_interleave",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+    "hidden_act",
+)
+YARN_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 BASE: dict[str, Any] = {
     "vocab_size": 211,
     "hidden_size": 64,
@@ -92,7 +124,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def hf_model(overrides: dict[str, Any], seed: int = 0) -> Any:
-    """A random DeepseekV3ForCausalLM in float32 with bf16-exact weights, in eval mode; skips without transformers."""
+    """A random DeepseekV3ForCausalLM in float32 with bf16-exact weights; skips without transformers."""
     transformers = pytest.importorskip("transformers", reason="transformers (dev dependency) is the oracle")
     config = transformers.DeepseekV3Config(**{**BASE, **overrides})
     config._attn_implementation = "eager"
@@ -134,18 +166,12 @@ def canonical_config(hf: Any) -> ModelConfig:
     rope = hf.rope_parameters
     yarn = None
     if rope["rope_type"] == "yarn":
-        yarn = {key: rope[key] for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")}
+        yarn = {key: rope[key] for key in YARN_KEYS}
         yarn.update({key: rope.get(key) for key in ("mscale", "mscale_all_dim", "attention_factor")})
         yarn["truncate"] = rope.get("truncate", True)
-    same = (
-        "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads n_routed_experts n_shared_experts num_experts_per_tok n_group topk_group norm_topk_prob "
-        "routed_scaling_factor q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim attention_bias "
-        "rms_norm_eps rope_interleave tie_word_embeddings max_position_embeddings hidden_act"
-    ).split()
     return ModelConfig.from_dict(
         {
-            **{key: getattr(hf, key) for key in same},
+            **{key: getattr(hf, key) for key in SAME_KEYS},
             "moe_layers": list(range(hf.first_k_dense_replace, hf.num_hidden_layers)),
             "attention": "mla",
             "router": "sigmoid_bias_groups",

@@ -1,8 +1,9 @@
 """Multi-head latent attention (arXiv 2405.04434, 2.1) over the compressed cache.
 
-Prefill goes through full heads: keys and values of the whole context are made from the latent, a bounded block of
-heads at a time. Decode is absorbed: the query is taken into the latent space (q W_UK), attends there as many
-queries on one key head, and only the result is expanded (W_UV), so that a step reads the cache as it lies.
+Prefill goes through full heads: keys and values of the whole context are made from the latent, a bounded
+block of heads at a time. Decode is absorbed: the query is taken into the latent space (q W_UK), attends there
+as many queries on one key head, and only the result is expanded (W_UV), so that a step reads the cache as it
+lies.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from .linear import LinearSpec, Placement
 from .norm import RMSNorm
 from .rope import pair_order, rotate_
 
-# Keys and values that prefill holds at once, in bytes: 8 of DeepSeek-V3's heads at 32k tokens, all heads at 2k.
+# Keys and values that prefill holds at once, in bytes: 8 of DeepSeek-V3's heads at 32k tokens, all heads at
+# 2k.
 HEAD_BLOCK_BYTES = 256 << 20
 
 
@@ -24,8 +26,9 @@ HEAD_BLOCK_BYTES = 256 << 20
 class Step:
     """What all layers share in one forward pass over new tokens at positions start, start + 1, ...
 
-    rotations: complex64 [num_tokens, 1, qk_rope_head_dim / 2]. mask: [num_tokens, start + num_tokens] of 0 and
-    minus infinity in the attention's dtype, or None where it is not needed: one token, or no context before them.
+    rotations: complex64 [num_tokens, 1, qk_rope_head_dim / 2]. mask: [num_tokens, start + num_tokens] of 0
+    and minus infinity in the attention's dtype, or None where it is not needed: one token, or no context
+    before them.
     """
 
     start: int
@@ -55,7 +58,7 @@ class LatentAttention:
         self.o_proj = placement.linear(out, heads * config.v_head_dim)
 
     def _build_inputs(self, placement: Placement, prefix: str) -> None:
-        """The projections of x: [q | q_a] and kv_a as one group; with q_lora_rank also the second half of q."""
+        """The projections of x: [q | q_a] and kv_a as one group; with q_lora_rank the second half of q."""
         config = self.config
         heads, rank, latent = config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
         kv_order = _row_order(config, leading=latent, blocks=1)
@@ -66,19 +69,21 @@ class LatentAttention:
             query = LinearSpec(f"{prefix}.q_proj", heads * config.qk_head_dim, row_order=q_order)
         else:
             query = LinearSpec(f"{prefix}.q_a_proj", rank, config.attention_bias)
-            self.q_norm = RMSNorm(placement.vector(f"{prefix}.q_a_layernorm.weight", rank), config.rms_norm_eps)
+            self.q_norm = self._norm(placement, f"{prefix}.q_a_layernorm", rank)
             q_b = LinearSpec(f"{prefix}.q_b_proj", heads * config.qk_head_dim, row_order=q_order)
             self.q_b_proj = placement.linear(q_b, rank)
         self.inputs = placement.group([query, kv_a], config.hidden_size)
-        self.kv_norm = RMSNorm(
-            placement.vector(f"{prefix}.kv_a_layernorm.weight", latent), config.rms_norm_eps
-        )
+        self.kv_norm = self._norm(placement, f"{prefix}.kv_a_layernorm", latent)
+
+    def _norm(self, placement: Placement, name: str, size: int) -> RMSNorm:
+        return RMSNorm(placement.vector(f"{name}.weight", size), self.config.rms_norm_eps)
 
     def _split_kv_b(self, kv_b: Tensor, placement: Placement) -> None:
         """W_UK [heads, qk_nope_head_dim, kv_lora_rank] and W_UV [heads, v_head_dim, kv_lora_rank].
 
-        float32 on the CPU, also in bf16 mode: torch's batched bf16 product of one row takes 23 us where float32
-        takes 3 (ds3-tiny) and the same 1.2 ms at DeepSeek-V3's size (Xeon with AMX, one thread, torch 2.13).
+        float32 on the CPU, also in bf16 mode: torch's batched bf16 product of one row takes 23 us where
+        float32 takes 3 (ds3-tiny) and the same 1.2 ms at DeepSeek-V3's size (Xeon with AMX, one thread, torch
+        2.13).
         """
         config = self.config
         dtype = torch.float32 if placement.device.type == "cpu" else placement.dtype
@@ -98,9 +103,9 @@ class LatentAttention:
         rotate_(query[..., config.qk_nope_head_dim :], step.rotations)
         end = step.start + step.num_tokens
         self._append(kv, step.rotations, cache[step.start : end])
-        context = cache[:end]
-        heads_out = self._absorbed(query, context) if step.num_tokens == 1 else self._full(query, context, step)
-        return self.o_proj(heads_out)
+        if step.num_tokens == 1:
+            return self.o_proj(self._absorbed(query, cache[:end]))
+        return self.o_proj(self._full(query, cache[:end], step))
 
     def _append(self, kv: Tensor, rotations: Tensor, rows: Tensor) -> None:
         latent = self.config.kv_lora_rank
@@ -121,9 +126,7 @@ class LatentAttention:
         attended = functional.scaled_dot_product_attention(
             rows.transpose(0, 1)[None], keys, keys, scale=self.config.softmax_scale
         )
-        expanded = torch.bmm(
-            attended[0, 0, :, None, :latent].to(self.w_uv.dtype), self.w_uv.transpose(1, 2)
-        )
+        expanded = torch.bmm(attended[0, 0, :, None, :latent].to(self.w_uv.dtype), self.w_uv.transpose(1, 2))
         return expanded.view(1, -1).to(torch.float32)
 
     def _full(self, query: Tensor, context: Tensor, step: Step) -> Tensor:
@@ -162,7 +165,7 @@ class LatentAttention:
         return keys, self._up(compressed, self.w_uv[heads], width)
 
     def _up(self, compressed: Tensor, weight: Tensor, width: int) -> Tensor:
-        """compressed [context, kv_lora_rank], weight [heads, dim, kv_lora_rank] -> [context, heads, width]."""
+        """[context, kv_lora_rank] times [heads, dim, kv_lora_rank] -> [context, heads, width]."""
         heads, dim, latent = weight.shape
         flat = weight.reshape(heads * dim, latent).to(compressed.dtype)
         per_head = functional.linear(compressed, flat).view(-1, heads, dim)

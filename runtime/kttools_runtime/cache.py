@@ -8,7 +8,8 @@ from .errors import InvalidInputError
 
 
 class KVCache:
-    """One sequence. Per layer [capacity, kv_lora_rank + qk_rope_head_dim]: the normed latent, then the rotated key.
+    """One sequence. Per layer [capacity, kv_lora_rank + qk_rope_head_dim]: the normed latent, then the
+    rotated key.
 
     Memory is reserved, not touched: an operating system that commits lazily charges only for the tokens held.
     """

@@ -1,7 +1,7 @@
 """Linear layers: one interface, an implementation per device and stored format.
 
-Everything outside a linear is float32. What a linear rounds is its own input: to bfloat16 for a bf16 matrix, to
-int8 per token for int8 and int4 ones (inside the kernel), to nothing on the float32 reference path.
+Everything outside a linear is float32. What a linear rounds is its own input: to bfloat16 for a bf16 matrix,
+to int8 per token for int8 and int4 ones (inside the kernel), to nothing on the float32 reference path.
 """
 
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ class LinearGroup:
 
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
-    """One matrix to fetch: its name without ".weight", its outputs, whether `base`.bias exists, its row order."""
+    """One matrix to fetch: name without ".weight", outputs, whether `base`.bias exists, row order."""
 
     base: str
     out_features: int

@@ -26,12 +26,12 @@ def load(
 ) -> Model:
     """Open a bundle for computing.
 
-    device: "cpu" or "cuda:N". dtype: "float32" (activations never rounded; with bf16 packs and shards this is the
-    reference path), "bfloat16", or None for the fastest that keeps quality, today bfloat16: inputs of matrix
-    products and the KV cache are bfloat16, everything between them float32. threads: CPU threads; None:
-    KTTOOLS_CPU_INFER or every CPU of this process. cache_len: default length of new caches in tokens.
-    expert_table: None or "none", the native router. num_experts: fewer routed experts per token. isa: kernel table.
-    Raises UsageError, HardwareError, InvalidInputError and its subclasses.
+    device: "cpu" or "cuda:N". dtype: "float32" (activations never rounded; with bf16 packs and shards this is
+    the reference path), "bfloat16", or None for the fastest that keeps quality, today bfloat16: inputs of
+    matrix products and the KV cache are bfloat16, everything between them float32. threads: CPU threads;
+    None: KTTOOLS_CPU_INFER or every CPU of this process. cache_len: default length of new caches in tokens.
+    expert_table: None or "none", the native router. num_experts: fewer routed experts per token. isa: kernel
+    table. Raises UsageError, HardwareError, InvalidInputError and its subclasses.
     """
     where = _device(device)
     if dtype not in DTYPES:
@@ -62,7 +62,8 @@ def _load(
     )
 
     def experts(layer: int) -> RoutedExperts:
-        # int8 and int4 kernels quantise their input themselves: rounding it to bf16 first would only lose bits.
+        # int8 and int4 kernels quantise their input themselves: rounding it to bf16 first would only lose
+        # bits.
         is_bf16 = manifest.experts[layer].format == "bf16"
         mapped = engine.layer_from_pack(manifest.expert_path(layer))
         return RoutedExperts(mapped, dtype if is_bf16 else torch.float32)
@@ -86,13 +87,18 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {name!r}: expected cpu or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise HardwareError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+        raise HardwareError(
+            f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
     return device
 
 
 def _check_kinds(manifest: Manifest) -> None:
-    """ModelConfig allows only kinds this runtime has; a newer one that does not must fail here, not in a layer."""
+    """A kind that config.py knows and this runtime lacks must fail here, not inside a layer."""
     config = manifest.model
-    for key, value, known in (("attention", config.attention, "mla"), ("router", config.router, "sigmoid_bias_groups")):
+    for key, value, known in (
+        ("attention", config.attention, "mla"),
+        ("router", config.router, "sigmoid_bias_groups"),
+    ):
         if value != known:
             raise UnsupportedModelError(f"{manifest.root}: {key} {value!r} is not supported, only {known}")

@@ -16,13 +16,14 @@ from .mlp import GatedMLP
 from .moe import MoELayer, RoutedExperts
 from .norm import RMSNorm
 from .rope import Rope
+from .torch_threads import set_torch_threads
 
 if TYPE_CHECKING:
     from .generate import FinishReason
     from .tokenizer import Tokenizer
 
-# Tokens per prefill step: enough rows per expert for AMX, little enough activation memory (a [1024, 32k] mask is
-# 64 MiB in bf16). Attention re-expands the context once per step, so much smaller steps cost time.
+# Tokens per prefill step: enough rows per expert for AMX, little enough activation memory (a [1024, 32k] mask
+# is 64 MiB in bf16). Attention re-expands the context once per step, so much smaller steps cost time.
 DEFAULT_CHUNK_SIZE = 1024
 # Cache length when nobody says: what chat needs, not what max_position_embeddings would reserve.
 DEFAULT_CACHE_LEN = 32768
@@ -166,9 +167,8 @@ class Model:
 
     def _forward(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """tokens int64 [T] at the cache's end -> hidden [T, hidden_size] float32 before the last norm."""
-        if torch.get_num_threads() != self.threads:
-            torch.set_num_threads(self.threads)
         start, num_tokens = cache.length, tokens.shape[0]
+        set_torch_threads(self.config, self.dtype, self.threads, start, num_tokens)
         mask = causal_mask(start, num_tokens, self.dtype, self.device)
         step = Step(start, num_tokens, self._rope.rotations(start, num_tokens), mask)
         hidden = self._embedding[tokens].to(torch.float32)
@@ -188,7 +188,9 @@ class Model:
         if tokens.numel() == 0:
             raise InvalidInputError("the prompt is empty: give at least one token")
         if tokens.dim() != 1 or tokens.is_floating_point():
-            raise InvalidInputError(f"token ids must be a list of integers, got {tokens.dtype} {list(tokens.shape)}")
+            raise InvalidInputError(
+                f"token ids must be a list of integers, got {tokens.dtype} {list(tokens.shape)}"
+            )
         tokens = tokens.to(device=self.device, dtype=torch.int64)
         for extreme in (int(tokens.min()), int(tokens.max())):
             if not 0 <= extreme < self.config.vocab_size:

@@ -16,12 +16,12 @@ class ExpertLayer(Protocol):
     """The routed experts of one layer, as `kttools_runtime.experts` provides them."""
 
     def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-        """x [T, hidden_size] bf16 or f32, ids int64 [T, k] (-1: none), weights f32 [T, k] -> f32 [T, hidden_size]."""
+        """x [T, H] bf16 or f32, ids int64 [T, k] (-1: none), weights f32 [T, k] -> f32 [T, H]."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoutedExperts:
-    """An expert layer and the dtype its input is rounded to: bf16 experts compute in the dtype they are given."""
+    """An expert layer and the dtype of its input: bf16 experts compute in the dtype they are given."""
 
     layer: ExpertLayer
     input_dtype: torch.dtype

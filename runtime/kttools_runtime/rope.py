@@ -1,8 +1,9 @@
 """Rotary positions (arXiv 2104.09864), with YaRN (arXiv 2309.00071) where the config has it.
 
 The rotation is one complex multiplication of adjacent pairs (x0, x1), (x2, x3), ... in place. Models with
-`rope_interleave` false pair (x_i, x_{i + d/2}) instead: `pair_order` puts such pairs side by side once, in the
-rows of the projections at load. Scores are dot products of two vectors in the same order, so nothing else notices.
+`rope_interleave` false pair (x_i, x_{i + d/2}) instead: `pair_order` puts such pairs side by side once, in
+the rows of the projections at load. Scores are dot products of two vectors in the same order, so nothing else
+notices.
 """
 
 import math
@@ -64,7 +65,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def _kept_share(yarn: YarnScaling, dim: int, theta: float) -> Tensor:
-    """float32 [dim / 2]: 1 where a pair turns often enough to keep its frequency, 0 where it is interpolated."""
+    """float32 [dim / 2]: 1 where a pair turns often enough to keep its frequency, 0 where it is scaled."""
 
     def turning(rotations: float) -> float:
         """The (fractional) pair index that makes `rotations` turns within the original context."""

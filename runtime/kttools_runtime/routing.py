@@ -24,7 +24,8 @@ class SigmoidGroupRouter:
 
     A group's score is the sum of its two best biased scores; the best topk_group groups take part. The bias
     chooses; the weights are the unbiased sigmoid scores of the chosen, normalised if norm_topk_prob, times
-    routed_scaling_factor. With fewer experts than num_experts_per_tok, the first of the native choice are kept.
+    routed_scaling_factor. With fewer experts than num_experts_per_tok, the first of the native choice are
+    kept.
     """
 
     __slots__ = ("bias", "config", "num_experts", "table", "weight")
@@ -39,7 +40,7 @@ class SigmoidGroupRouter:
         self.table: ExpertTable | None = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [num_tokens, hidden_size] float32 -> ids int64, weights float32, both [num_tokens, num_experts]."""
+        """x [T, hidden_size] float32 -> ids int64 and weights float32, both [T, num_experts]."""
         scores = functional.linear(x, self.weight).sigmoid_()
         choice = self._limit_groups(scores + self.bias)
         expert_ids = choice.topk(self.num_experts, dim=-1).indices

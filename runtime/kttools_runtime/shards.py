@@ -16,8 +16,9 @@ FORMAT_PARTS = {"bf16": "float", "int8": "int8", "int4": "int4"}
 class ShardWeights:
     """Tensors of several safetensors files by name. Only headers are read until a tensor is asked for.
 
-    formats: the manifest's `linears`, tensor base name -> "bf16" | "int8" | "int4"; what the shards hold must agree.
-    Raises CorruptFileError for a broken header, a name in two files, or a tensor that is missing or misshapen.
+    formats: the manifest's `linears`, tensor base name -> "bf16" | "int8" | "int4"; what the shards hold must
+    agree. Raises CorruptFileError for a broken header, a name in two files, or a tensor that is missing or
+    misshapen.
     """
 
     def __init__(self, files: Iterable[Path], formats: dict[str, str]) -> None:

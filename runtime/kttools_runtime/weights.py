@@ -15,7 +15,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "int8": ("qweight", "row_scale"),
     "int4": ("qweight", "group_scale", "group_zero", "row_scale"),
 }
-_DTYPES = {
+_DTYPES: Mapping[str, Mapping[str, tuple[torch.dtype, ...]]] = {
     "float": {"weight": (torch.bfloat16, torch.float16, torch.float32)},
     "int8": {"qweight": (torch.int8,), "row_scale": (torch.float32,)},
     "int4": {
@@ -31,10 +31,10 @@ class WeightSource(Protocol):
     """Where a model's device weights come from; names are the canonical ones (DeepSeek-V3's on the hub)."""
 
     def linear(self, base: str, out_features: int, in_features: int) -> "LinearWeights":
-        """The matrix `base`.weight in whatever format it is stored. Raises InvalidInputError when missing or misshapen."""
+        """The matrix `base`.weight in whatever format it is stored in. Raises InvalidInputError."""
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A norm, bias, router or embedding tensor. Raises InvalidInputError when missing or misshapen."""
+        """A norm, bias, router or embedding tensor. Raises InvalidInputError if missing or misshapen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,10 @@ class LinearWeights:
 
     def __post_init__(self) -> None:
         if set(self.parts) != set(PARTS[self.format]):
-            raise InvalidInputError(f"{self.name}: {self.format} needs parts {', '.join(PARTS[self.format])}, got {', '.join(self.parts)}")
+            expected = ", ".join(PARTS[self.format])
+            raise InvalidInputError(
+                f"{self.name}: {self.format} needs {expected}, got {', '.join(self.parts)}"
+            )
         for suffix, part in self.parts.items():
             allowed = _DTYPES[self.format][suffix]
             if part.dtype not in allowed:
@@ -71,7 +74,9 @@ class LinearWeights:
         else:
             expected = (rows, -(-self.in_features // self.group_size))
         if tuple(part.shape) != expected:
-            raise InvalidInputError(f"{self.name}.{suffix}: expected shape {expected}, got {tuple(part.shape)}")
+            raise InvalidInputError(
+                f"{self.name}.{suffix}: expected shape {expected}, got {tuple(part.shape)}"
+            )
 
     @property
     def out_features(self) -> int:
@@ -105,7 +110,9 @@ class LinearWeights:
         packed = self.parts["qweight"]
         nibbles = torch.stack((packed & 15, packed >> 4), dim=-1)
         q = nibbles.view(self.out_features, -1, self.group_size).to(torch.float32)
-        scale, zero = (self.parts[part].to(torch.float32)[..., None] for part in ("group_scale", "group_zero"))
+        scale, zero = (
+            self.parts[part].to(torch.float32)[..., None] for part in ("group_scale", "group_zero")
+        )
         w = (q * scale - zero).view(self.out_features, -1)[:, : self.in_features]
         return (w * row_scale).contiguous()
 
