@@ -2,7 +2,7 @@
 
 from typing import Any
 
-MANY_TENSORS = 40
+MANY_ROWS = 20
 
 
 def render(report: dict[str, Any]) -> str:
@@ -48,9 +48,11 @@ def _bundle(report: dict[str, Any]) -> Rows:
         ("linears", ", ".join(f"{count} {name}" for name, count in report["linears"].items()) or "none"),
         ("recipe", ", ".join(f"{key} {value}" for key, value in sorted(report["recipe"].items()))),
         *((("not listed", ", ".join(extra)),) if extra else ()),
-        *(
-            ("source", f"{entry['path']}  {size(entry['bytes'])}  sha256 {entry['sha256'][:16]}...")
-            for entry in report["source"]["files"]
+        *_cut(
+            [
+                ("source", f"{e['path']}  {size(e['bytes'])}  sha256 {e['sha256']}")
+                for e in report["source"]["files"]
+            ]
         ),
         ("manifest", f"sha256 {report['manifest_sha256']}"),
     ]
@@ -74,10 +76,9 @@ def _checkpoint(report: dict[str, Any]) -> Rows:
         rows.append(("experts", f"{report['experts']['dtype']}, {stored}"))
     rows.append(("bytes", f"{size(report['bytes']['total'])} in {report['tensors']} tensors"))
     rows += [(f"  {name}", size(count)) for name, count in report["bytes"]["by_format"].items()]
-    rows += [
-        ("file", f"{file['path']}  {size(file['bytes'])}  {file['tensors']} tensors")
-        for file in report["files"]
-    ]
+    rows += _cut(
+        [("file", f"{f['path']}  {size(f['bytes'])}  {f['tensors']} tensors") for f in report["files"]]
+    )
     if report["family"]:
         rows.append(("tokenizer", ", ".join(report["tokenizer"]) or "none"))
     return rows + [("notice", notice) for notice in report["notices"]]
@@ -88,12 +89,7 @@ def _safetensors(report: dict[str, Any]) -> Rows:
     rows = [("bytes", f"{size(report['bytes']['total'])} in {len(tensors)} tensors")]
     rows += [(f"  {name}", size(count)) for name, count in report["bytes"]["by_format"].items()]
     rows += [("metadata", f"{key}: {value}") for key, value in sorted(report["metadata"].items())]
-    rows += [
-        ("tensor", f"{tensor['name']}  {tensor['dtype']} {tensor['shape']}  {size(tensor['bytes'])}")
-        for tensor in tensors[:MANY_TENSORS]
-    ]
-    if len(tensors) > MANY_TENSORS:
-        rows.append(("", f"and {len(tensors) - MANY_TENSORS} more (--json lists all)"))
+    rows += _cut([("tensor", f"{t['name']}  {t['dtype']} {t['shape']}  {size(t['bytes'])}") for t in tensors])
     return rows
 
 
@@ -107,6 +103,11 @@ def _pack(report: dict[str, Any]) -> Rows:
         ("parameters", amount(report["parameters"]["total"])),
         ("bytes", f"{size(report['bytes']['total'])}, {report['bits_per_weight']:.2f} bits per parameter"),
     ]
+
+
+def _cut(rows: Rows) -> Rows:
+    more = len(rows) - MANY_ROWS
+    return rows if more <= 0 else [*rows[:MANY_ROWS], ("", f"and {more} more (--json lists all)")]
 
 
 def _model(model: dict[str, Any]) -> Rows:

@@ -14,17 +14,12 @@ from kttools.families import TensorSpec, canonical_tensors
 from kttools_runtime.errors import CorruptFileError, InvalidInputError
 from kttools_runtime.manifest import FileEntry, Manifest, presence_problem, read_manifest
 from kttools_runtime.pack import read_pack_header
+from kttools_runtime.weights import PARTS
 
 from .hashing import digest_file
 from .manifest import collect_files
 
 SHARD_INDEX = "shards/model.safetensors.index.json"
-# What a linear of each format is made of, as docs/ says.
-LINEAR_PARTS = {
-    "bf16": ("weight",),
-    "int8": ("qweight", "row_scale"),
-    "int4": ("qweight", "group_scale", "group_zero", "row_scale"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +156,12 @@ def _tensor_problems(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str
     for spec in specs.values():
         base = spec.name.removesuffix(".weight")
         format_name = manifest.linears.get(base)
-        for part in LINEAR_PARTS[format_name] if format_name else ():
-            if f"{base}.{part}" not in checkpoint:
-                yield f"shards/: {format_name} linear {base} has no tensor {base}.{part}"
         if format_name in (None, "bf16"):
             yield from _whole_tensor_problems(spec, checkpoint)
+            continue
+        for part in PARTS[format_name]:
+            if f"{base}.{part}" not in checkpoint:
+                yield f"shards/: {format_name} linear {base} has no tensor {base}.{part}"
 
 
 def _whole_tensor_problems(spec: TensorSpec, checkpoint: Checkpoint) -> Iterator[str]:

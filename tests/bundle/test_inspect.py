@@ -62,7 +62,7 @@ def test_safetensors(tmp_path: Path) -> None:
     assert report["kind"] == "safetensors"
     assert len(report["tensors"]) == 50
     assert report["tensors"][0] == {"name": "t00", "dtype": "F32", "shape": [2, 3], "bytes": 24}
-    assert "and 10 more" in render(report)
+    assert "and 30 more" in render(report)
 
 
 def test_pack(sound_bundle: Path) -> None:

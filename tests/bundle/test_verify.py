@@ -51,8 +51,8 @@ def regions(bundle: Path) -> list[tuple[str, int]]:
         64,
         table_end - 1,
         table_end,
-        header_size(6) - 1,
-        header_size(6),
+        header - 1,
+        header,
         len(pack) - 1,
     ]
     in_shard = [0, 7, 8, 20, data_start - 1, data_start, data_start + 1, len(shard) - 1]

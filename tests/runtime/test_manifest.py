@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,17 @@ import pytest
 from kttools_runtime import strict_json
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import CorruptFileError, InvalidInputError
-from kttools_runtime.manifest import load_manifest, parse_manifest, read_manifest, self_sha256
+from kttools_runtime.manifest import (
+    FORMAT,
+    KEYS,
+    LINEAR_FORMATS,
+    MAX_MANIFEST_BYTES,
+    VERSION,
+    load_manifest,
+    parse_manifest,
+    read_manifest,
+    self_sha256,
+)
 from tests.runtime.test_config import VALUES
 
 HASHES = {"xxh3_128": "0" * 32, "sha256": "a" * 64}
@@ -238,3 +249,12 @@ def test_a_bundle_reached_through_a_link_is_fine(tmp_path: Path) -> None:
     root = write_bundle(tmp_path / "b", document())
     (tmp_path / "link").symlink_to(root)
     assert load_manifest(tmp_path / "link").expert_path(1).read_bytes() == b"abc"
+
+
+def test_the_document_lists_the_keys(repo: Path) -> None:
+    text = (repo / "runtime/kttools_runtime/BUNDLE.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(KEYS)
+    assert f'`"{FORMAT}"`' in text
+    assert f"over {MAX_MANIFEST_BYTES // 10**6} MB" in text
+    assert f"version {VERSION}\n" in text
+    assert all(f"`{name}`" in text for name in LINEAR_FORMATS)
