@@ -37,8 +37,8 @@ class Verification:
         """Raises CorruptFileError with the first problem and the number of all."""
         if self.problems:
             count = len(self.problems)
-            more = f" (and {count - 1} more problems)" if count > 1 else ""
-            raise CorruptFileError(self.problems[0] + more)
+            more = f" (first of {count} problems)" if count > 1 else ""
+            raise CorruptFileError(f"{self.bundle}: {self.problems[0]}{more}")
 
 
 def verify_bundle(

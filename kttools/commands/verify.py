@@ -26,7 +26,9 @@ def command(bundle: Path, quick: bool, as_json: bool) -> None:
         with ByteProgress("verify", is_quiet=settings().quiet) as progress:
             result = verify_bundle(bundle, is_quick=quick, on_start=progress.start, on_bytes=progress.advance)
     except CorruptFileError as error:
-        result = Verification(bundle, 0, 0, quick, problems=[str(error)])
+        damaged = Verification(bundle, 0, 0, quick, problems=[str(error)])
+        click.echo(_as_json(damaged) if as_json else _as_text(damaged))
+        raise
     click.echo(_as_json(result) if as_json else _as_text(result))
     result.raise_on_problems()
 
@@ -40,6 +42,6 @@ def _as_text(result: Verification) -> str:
     lines = [f"problem: {problem}" for problem in result.problems]
     lines += [f"not listed: {path}" for path in result.extra]
     checked = "sizes and headers" if result.is_quick else "every byte"
-    verdict = f"{len(result.problems)} problems" if result.problems else "sound"
+    verdict = f"not sound, {len(result.problems)} found" if result.problems else "sound"
     lines.append(f"{result.bundle}: {verdict}: {result.files} files, {result.bytes} bytes, {checked} checked")
     return "\n".join(lines)
