@@ -26,7 +26,7 @@ std::vector<IsaStatus> detect_tables() {
   std::vector<const KernelTable*> tables;
 #if defined(__x86_64__)
   static const KernelTable amx = with_tiles(kAvx512Table, kAmxTable);
-  tables = {&amx, &kAvx512Table};
+  tables = {&amx, &kAvx512Table, &kAvx2Table};
 #endif
   tables.push_back(&kScalarTable);
   std::vector<IsaStatus> status;
