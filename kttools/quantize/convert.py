@@ -1,4 +1,4 @@
-"""One piece of work: an expert into a pack or rows of a tensor into a shard, and the error of what was stored."""
+"""One piece of work: an expert into a pack, or rows of a tensor into a shard; and the error of that."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace

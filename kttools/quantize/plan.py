@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def worker_bytes(self) -> int:
-        """RAM of one worker: an expert as read (an F16 one also as float32), its blob, and that as float32."""
+        """RAM of one worker: an expert as read (F16 also as float32), its blob, and that as float32."""
         if not self.packs:
             return ROWS_WORKER_BYTES
         config = self.source.config

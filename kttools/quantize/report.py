@@ -58,7 +58,7 @@ class ErrorSums:
 
 
 def error_sums(source: np.ndarray, stored: np.ndarray) -> ErrorSums:
-    """source: float32, float16 or bf16 as uint16; stored: float32 or bf16 as uint16; same shape, contiguous."""
+    """source: float32, float16 or bf16 as uint16; stored: float32 or bf16 as uint16. Same shape."""
     total = ErrorSums()
     flat_source, flat_stored = source.reshape(-1), stored.reshape(-1)
     for begin in range(0, flat_source.size, BLOCK_ELEMENTS):

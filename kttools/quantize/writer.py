@@ -39,7 +39,7 @@ class Outcome:
 
 
 class Quantizer:
-    """One run: look (check), then work (run). Raises UsageError, ResourceError, InvalidInputError, KTError."""
+    """One run: look (resources), then work (run). Raises KTError and its subclasses."""
 
     def __init__(self, plan: Plan, target: Path, is_forced: bool = False) -> None:
         if target.resolve() == plan.source.path.resolve():
@@ -67,7 +67,7 @@ class Quantizer:
         on_start: Callable[[int], object] | None = None,
         on_bytes: Callable[[int], object] | None = None,
     ) -> Outcome:
-        """Writes the bundle. on_start: bytes to work through; on_bytes: each piece done, from any thread."""
+        """Writes the bundle. on_start: bytes to work through; on_bytes: each piece, from any thread."""
         started = time.monotonic()
         self._on_bytes = on_bytes or _ignore
         with self.target.locked():
@@ -177,7 +177,7 @@ class Quantizer:
         )
 
     def _hash_source(self, pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
-        """Provenance: every source file by SHA-256. InvalidInputError when one changed since the run began."""
+        """Provenance: every source file by SHA-256. InvalidInputError when one changed meanwhile."""
 
         def work(file: Path) -> dict[str, Any]:
             digest = sha256_file(file, self._on_bytes)
