@@ -5,20 +5,24 @@ checkpoint or a pack changes nothing, and scaled so that every layer matters: an
 logits.
 """
 
+import json
 import math
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kttools_runtime import _kernels
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError
+from kttools_runtime.experts import ExpertEngine
 from kttools_runtime.linear import Placement
 from kttools_runtime.model import Model, build_model
 from kttools_runtime.moe import RoutedExperts
-from kttools_runtime.weights import LinearWeights
+from kttools_runtime.tokenizer import Tokenizer
+from kttools_runtime.weights import PARTS, LinearWeights
 
 Weights = dict[str, Tensor]
 
@@ -184,10 +188,15 @@ def canonical_config(hf: Any) -> ModelConfig:
 
 
 class DictWeights:
-    """A WeightSource over a dict of canonical names; `<base>.weight` may be replaced by quantised parts."""
+    """A WeightSource over a dict of canonical names, its matrices quantised on the way out.
 
-    def __init__(self, tensors: Weights) -> None:
+    linear_format: "bf16" (as they are), "int8" or "int4" (groups of `group_size`).
+    """
+
+    def __init__(self, tensors: Weights, linear_format: str = "bf16", group_size: int = 128) -> None:
         self.tensors = tensors
+        self.linear_format = linear_format
+        self.group_size = group_size
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in self.tensors or tuple(self.tensors[name].shape) != shape:
@@ -196,39 +205,68 @@ class DictWeights:
 
     def linear(self, base: str, out_features: int, in_features: int) -> LinearWeights:
         weight = self.tensor(f"{base}.weight", (out_features, in_features))
-        return LinearWeights(base, in_features, "float", {"weight": weight})
+        return quantized(base, weight, self.linear_format, self.group_size)
 
 
-class TorchExperts:
-    """The expert layer in plain float32 torch: gate, up [E, I, H], down [E, H, I]."""
-
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        self.gate, self.up, self.down = gate.float(), up.float(), down.float()
-
-    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-        out = torch.zeros(x.shape, dtype=torch.float32)
-        for expert in range(self.gate.shape[0]):
-            rows, slots = torch.where(expert_ids == expert)
-            picked = x[rows].float()
-            hidden = torch.nn.functional.silu(picked @ self.gate[expert].T) * (picked @ self.up[expert].T)
-            out.index_add_(0, rows, hidden @ self.down[expert].T * expert_weights[rows, slots, None])
-        return out
+def quantized(base: str, weight: Tensor, linear_format: str, group_size: int = 128) -> LinearWeights:
+    """A matrix as a shard would hold it."""
+    if linear_format == "bf16":
+        return LinearWeights(base, weight.shape[1], "float", {"weight": weight.to(torch.bfloat16)})
+    array = weight.to(torch.float32).contiguous().numpy()
+    if linear_format == "int8":
+        arrays = _kernels.quantize_int8(array)
+    else:
+        arrays = _kernels.quantize_int4(array, group_size)
+    parts = dict(zip(PARTS[linear_format], map(torch.from_numpy, arrays), strict=True))
+    return LinearWeights(base, weight.shape[1], linear_format, parts)
 
 
-def split_experts(state: Weights, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_experts(state: Weights, layer: int) -> list[Tensor]:
     """gate, up [E, I, H], down [E, H, I] of a layer in transformers' fused naming."""
-    fused = state[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
-    gate, up = fused.chunk(2, dim=1)
-    return gate, up, state[f"model.layers.{layer}.mlp.experts.down_proj"]
+    gate, up = state[f"model.layers.{layer}.mlp.experts.gate_up_proj"].chunk(2, dim=1)
+    down = state[f"model.layers.{layer}.mlp.experts.down_proj"]
+    return [tensor.contiguous() for tensor in (gate, up, down)]
 
 
-def runtime_model(hf: Any, make_experts: Callable[..., Any] = TorchExperts, **options: Any) -> Model:
-    """The runtime's model on the oracle's weights, float32 (the reference path), one torch thread."""
+def runtime_model(
+    hf: Any,
+    dtype: torch.dtype = torch.float32,
+    expert_format: str = "bf16",
+    linear_format: str = "bf16",
+    threads: int = 1,
+    isa: str | None = None,
+    **options: Any,
+) -> Model:
+    """The runtime's model on the oracle's weights, in memory; the defaults are the reference path."""
     state: Weights = hf.state_dict()
-    config = canonical_config(hf.config)
-    placement = Placement(DictWeights(state), torch.device("cpu"), torch.float32)
+    engine = ExpertEngine(threads, isa)
+    source = DictWeights(state, linear_format)
+    placement = Placement(source, torch.device("cpu"), dtype, engine.native)
+    input_dtype = dtype if expert_format == "bf16" else torch.float32
 
     def experts(layer: int) -> RoutedExperts:
-        return RoutedExperts(make_experts(*split_experts(state, layer)), torch.float32)
+        made = engine.layer_from_tensors(*split_experts(state, layer), format=expert_format)
+        return RoutedExperts(made, input_dtype)
 
-    return build_model(config, placement, experts, **{"threads": 1, **options})
+    return build_model(canonical_config(hf.config), placement, experts, threads=threads, **options)
+
+
+def trained_model(directory: Path) -> Any:
+    """A trained DeepseekV3ForCausalLM in float32; skips without transformers."""
+    transformers = pytest.importorskip("transformers", reason="transformers (dev dependency) is the oracle")
+    model = transformers.DeepseekV3ForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def text_tokens(checkpoint: Path, jsonl: Path, num_tokens: int) -> Tensor:
+    """int64 [<= num_tokens]: the first documents of a corpus, each from its beginning, in one row."""
+    tokenizer = Tokenizer(checkpoint)
+    token_ids: list[int] = []
+    with jsonl.open(encoding="utf-8") as lines:
+        for line in lines:
+            token_ids += tokenizer.encode(json.loads(line)["text"])
+            if len(token_ids) >= num_tokens:
+                break
+    return torch.tensor(token_ids[:num_tokens])

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, int16
 
 from .errors import CorruptFileError
 from .safetensors_file import TensorInfo, read_header, read_tensor
@@ -11,6 +11,7 @@ from .weights import PARTS, LinearWeights
 
 # Name of a format in the manifest -> in weights.PARTS.
 FORMAT_PARTS = {"bf16": "float", "int8": "int8", "int4": "int4"}
+GROUP_SIZES = (32, 64, 128)
 
 
 class ShardWeights:
@@ -43,12 +44,36 @@ class ShardWeights:
         form = self._format(base)
         parts = {suffix: read_tensor(self._info(f"{base}.{suffix}")) for suffix in PARTS[form]}
         matrix = LinearWeights(base, in_features, form, parts)
+        self._check_values(matrix)
         if matrix.out_features != out_features:
             file = self._info(f"{base}.{PARTS[form][0]}").file
             raise CorruptFileError(
                 f"{file}: {base}: expected {out_features} output rows, got {matrix.out_features}"
             )
         return matrix
+
+    def _check_values(self, matrix: LinearWeights) -> None:
+        """What no kernel checks: scales that are numbers, and int4 groups whose weights all fit int8."""
+        parts = matrix.parts
+        file = self._info(f"{matrix.name}.{next(iter(parts))}").file
+        if "row_scale" in parts and not bool(parts["row_scale"].isfinite().all()):
+            raise CorruptFileError(
+                f"{file}: {matrix.name}.row_scale holds a value that is not a finite number"
+            )
+        if matrix.format != "int4":
+            return
+        if matrix.group_size not in GROUP_SIZES:
+            expected = ", ".join(map(str, GROUP_SIZES))
+            raise CorruptFileError(
+                f"{file}: {matrix.name}: groups of {matrix.group_size}, expected one of {expected}"
+            )
+        scale, zero = (parts[name].to(int16) for name in ("group_scale", "group_zero"))
+        is_int8 = (scale >= 1) & (scale <= 16) & (zero <= 128) & (15 * scale - zero <= 127)
+        if not bool(is_int8.all()):
+            raise CorruptFileError(
+                f"{file}: {matrix.name}: a group's scale and zero leave int8, expected 1 <= s <= 16 and "
+                "15 s - 127 <= z <= 128"
+            )
 
     def _format(self, base: str) -> str:
         present = [form for form, suffixes in PARTS.items() if self._has_all(base, suffixes)]
