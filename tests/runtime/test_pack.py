@@ -428,7 +428,7 @@ def test_the_page_has_formats_limits_and_rules_of_the_code() -> None:
         "moe_intermediate_size": (1, pack.MAX_SIZE),
         "layer": (0, pack.MAX_LAYER),
     }
-    assert pack.CHECKSUM_OFFSET == OFFSETS["header_xxh3_64"]
+    assert OFFSETS["header_xxh3_64"] == pack.CHECKSUM_OFFSET
 
 
 def test_the_example_of_the_page_is_what_the_writer_writes(tmp_path: Path) -> None:
