@@ -9,10 +9,8 @@ import pytest
 
 from kttools import cli, doctor
 
-CPUINFO = "".join(
-    f"processor : {i}\nmodel name\t: Test CPU\nphysical id\t: {i // 2}\ncore id\t: {i % 2}\n\n"
-    for i in range(4)
-)
+CPU = "processor : {i}\nmodel name\t: Test CPU\nphysical id\t: {socket}\ncore id\t: {core}\n\n"
+CPUINFO = "".join(CPU.format(i=i, socket=i // 2, core=i % 2) for i in range(4))
 NODE = "Node {n} MemTotal:       1000 kB\nNode {n} MemFree:         400 kB\n"
 
 
@@ -22,7 +20,7 @@ def machine(tmp_path: Path) -> Path:
     cpus = sorted(os.sched_getaffinity(0))
     files = {
         "proc/cpuinfo": CPUINFO,
-        "proc/meminfo": "MemTotal: 2000 kB\nMemAvailable: 1000 kB\nHugePages_Total: 3\nHugepagesize: 2048 kB\n",
+        "proc/meminfo": "MemTotal: 2000 kB\nMemAvailable: 99 kB\nHugePages_Total: 3\nHugepagesize: 2048 kB\n",
         "sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n",
         "sys/devices/system/node/node0/cpulist": ",".join(map(str, cpus)),
         "sys/devices/system/node/node0/meminfo": NODE.format(n=0),

@@ -58,7 +58,7 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
 def test_hub_id_that_is_not_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(DownloadError, match="not in the local Hugging Face cache.*hf download org/name"):
+    with pytest.raises(DownloadError, match=r"not in the local Hugging Face cache.*hf download org/name"):
         resolve_model("org/name")
 
 
