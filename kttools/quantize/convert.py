@@ -30,7 +30,8 @@ def convert_expert(source: SourceModel, pack: PackPlan, expert: int, writer: Pac
     names = [f"model.layers.{pack.layer}.mlp.experts.{expert}.{name}.weight" for name in PROJECTIONS]
     blob = np.empty(pack.header.experts[expert].bytes, dtype=np.uint8)
     try:
-        _kernels.pack_expert(pack.format, *arrays, blob)
+        gate, up, down = arrays
+        _kernels.pack_expert(pack.format, gate, up, down, blob)
     except ValueError as error:
         _raise_for_weights(source, zip(names, arrays, strict=True), error)
     writer.write(expert, blob)

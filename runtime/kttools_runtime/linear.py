@@ -146,5 +146,7 @@ def _pack(matrix: LinearWeights, pool: Any) -> Any:
         return PackedLinear.from_bf16(pool, parts["weight"].to(torch.bfloat16).view(torch.uint16).numpy())
     if matrix.format == "int8":
         return PackedLinear.from_int8(pool, parts["qweight"].numpy(), parts["row_scale"].numpy())
-    arrays = [parts[suffix].numpy() for suffix in ("qweight", "group_scale", "group_zero", "row_scale")]
-    return PackedLinear.from_int4(pool, *arrays, matrix.in_features, matrix.group_size)
+    q, scale, zero, row = (
+        parts[suffix].numpy() for suffix in ("qweight", "group_scale", "group_zero", "row_scale")
+    )
+    return PackedLinear.from_int4(pool, q, scale, zero, row, matrix.in_features, matrix.group_size)

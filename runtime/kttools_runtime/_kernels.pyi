@@ -1,0 +1,115 @@
+"""Types of the C++ extension (csrc/bindings.cpp). bf16 travels as uint16 bits; arrays are C-contiguous.
+
+An array of another dtype, shape or layout raises ValueError, and so does every other bad value.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias, TypedDict, final
+
+import numpy as np
+import numpy.typing as npt
+
+_F32: TypeAlias = npt.NDArray[np.float32]
+_U8: TypeAlias = npt.NDArray[np.uint8]
+_I8: TypeAlias = npt.NDArray[np.int8]
+_I64: TypeAlias = npt.NDArray[np.int64]
+_Float: TypeAlias = npt.NDArray[np.float32 | np.uint16]
+"""float32, or uint16 that holds the bits of bf16."""
+
+class _IsaRow(TypedDict):
+    name: str
+    supported: bool
+    missing: list[str]
+
+FORMATS: dict[str, int]
+"""Pack format names and ids."""
+
+def cpu_features() -> dict[str, bool]:
+    """Every feature a kernel table may ask for, and whether it can be used here."""
+
+def isa_report() -> list[_IsaRow]:
+    """Every kernel table of this build, best first, with the features this CPU lacks."""
+
+def available_isas() -> list[str]:
+    """Names of the kernel tables that run here, best first."""
+
+def expert_bytes(format: str, hidden_size: int, moe_intermediate_size: int) -> int:
+    """Length of one expert's blob, a multiple of 4096."""
+
+def pack_expert(format: str, gate: _Float, up: _Float, down: _Float, out: _U8) -> None:
+    """gate, up [I, H], down [H, I] into out [expert_bytes]. NaN and inf are refused, naming the place."""
+
+def unpack_expert(
+    format: str, blob: _U8, hidden_size: int, moe_intermediate_size: int
+) -> tuple[_F32, _F32, _F32]:
+    """gate, up [I, H], down [H, I]: the weights that a blob stands for."""
+
+def quantize_int8(w: _Float) -> tuple[_I8, _F32]:
+    """w [N, K] -> q [N, K], row_scale [N]."""
+
+def quantize_int4(w: _Float, group_size: int) -> tuple[_U8, _U8, _U8, _F32]:
+    """w [N, K] -> q [N, Kp / 2], group_scale and group_zero [N, Kp / group_size], row_scale [N]."""
+
+def dequantize_int4(
+    q: _U8, group_scale: _U8, group_zero: _U8, row_scale: _F32, in_features: int, group_size: int
+) -> _F32:
+    """[N, in_features]: row_scale * (group_scale * q - group_zero)."""
+
+class Engine:
+    """Threads, a kernel table and scratch memory, shared by every layer of a model."""
+
+    def __init__(self, threads: int, isa: str | None = None) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+
+@final
+class ExpertLayer:
+    """The routed experts of one MoE layer, over blobs that are used in place and kept alive."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        formats: Sequence[str],
+        blobs: Sequence[_U8],
+    ) -> None: ...
+    @property
+    def num_experts(self) -> int: ...
+    def forward(self, x: _Float, expert_ids: _I64, expert_weights: _F32, out: _F32) -> None:
+        """x [T, H], ids and weights [T, k] -> out [T, H], overwritten. The GIL is released."""
+
+@final
+class PackedLinear:
+    """A dense matrix in the strips of the kernels."""
+
+    @staticmethod
+    def from_bf16(engine: Engine, w: npt.NDArray[np.uint16]) -> PackedLinear:
+        """w [N, K]."""
+
+    @staticmethod
+    def from_int8(engine: Engine, q: _I8, row_scale: _F32) -> PackedLinear:
+        """q [N, K], row_scale [N]."""
+
+    @staticmethod
+    def from_int4(
+        engine: Engine,
+        q: _U8,
+        group_scale: _U8,
+        group_zero: _U8,
+        row_scale: _F32,
+        in_features: int,
+        group_size: int,
+    ) -> PackedLinear:
+        """As quantize_int4 returns them."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def forward(self, x: _Float, out: _Float) -> None:
+        """x [T, K] -> out [T, N]. The GIL is released."""
