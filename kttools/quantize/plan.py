@@ -15,8 +15,8 @@ from kttools_runtime.safetensors_file import DTYPES
 from .recipe import Recipe
 from .shard_layout import ShardFile, index_bytes, shard_files, shard_tensor
 
-# Interpreter, torch and NumPy before the first weight is read: 0.34 GB measured, the rest is slack.
-BASE_BYTES = 500_000_000
+# Interpreter, torch and NumPy before the first weight is read: 233 MB measured, the rest is slack.
+BASE_BYTES = 400_000_000
 # Source bytes of a shard's tensor held at once; beside them at most four float32 copies of a bf16 block.
 ROWS_BYTES = 32 << 20
 ROWS_WORKER_BYTES = 12 * ROWS_BYTES

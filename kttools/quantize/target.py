@@ -109,29 +109,35 @@ class Target:
         except OSError as error:
             raise translate_oserror(error, self.root) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(descriptor)
             yield
+        finally:
+            os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise KTError(f"{self.root}: another process is writing this bundle; wait for it") from None
             raise translate_oserror(error, self.root) from error
-        finally:
-            os.close(descriptor)
 
     def begin(self, is_forced: bool) -> None:
-        """Under the lock: refuses or clears what is there, then records the job."""
+        """Under the lock: refuses what is there, or records the job and then clears what is not of it.
+
+        The job comes before all else, so that a run killed here is continued and not taken for foreign.
+        """
         state = self.check(is_forced)
         try:
-            if state in (State.FINISHED, State.OTHER_JOB, State.FOREIGN):
-                self._clear()
-            for folder in OWN_FOLDERS:
-                (self.root / folder).mkdir(exist_ok=True)
-                for leftover in (self.root / folder).glob(f".*{TEMPORARY_SUFFIX}"):
-                    leftover.unlink()
-            self._state.mkdir(exist_ok=True)
+            if state is not State.UNFINISHED:
+                (self.root / MANIFEST_NAME).unlink(missing_ok=True)
+                shutil.rmtree(self._state, ignore_errors=True)
+                self._state.mkdir()
+                job = strict_json.canonical({"fingerprint": self.fingerprint})
+                atomic_write_bytes(self._state / JOB_NAME, job)
+            self._clear()
         except OSError as error:
             raise translate_oserror(error, self.root) from error
-        atomic_write_bytes(self._state / JOB_NAME, strict_json.canonical({"fingerprint": self.fingerprint}))
 
     def end(self) -> None:
         """Forgets the job; the bundle stands."""
@@ -176,11 +182,14 @@ class Target:
         return self._state / (path.replace("/", "--") + ".json")
 
     def _clear(self) -> None:
-        """bundle.json first: from then on nobody takes the rest for a bundle."""
-        (self.root / MANIFEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(self._state, ignore_errors=True)
+        """Removes cut-off writes and files without a record: another bundle's, or of a killed run."""
+        for folder in OWN_FOLDERS:
+            (self.root / folder).mkdir(exist_ok=True)
+            for leftover in (self.root / folder).glob(f".*{TEMPORARY_SUFFIX}"):
+                leftover.unlink()
         for file in self.own_files():
-            file.unlink()
+            if not self._record_file(file.relative_to(self.root).as_posix()).exists():
+                file.unlink()
 
 
 def fingerprint(plan: Plan) -> str:

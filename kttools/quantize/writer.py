@@ -70,6 +70,7 @@ class Quantizer:
         """Writes the bundle. on_start: bytes to work through; on_bytes: each piece, from any thread."""
         started = time.monotonic()
         self._on_bytes = on_bytes or _ignore
+        self.target.check(self.is_forced)
         with self.target.locked():
             self.target.begin(self.is_forced)
             self._take_finished()
