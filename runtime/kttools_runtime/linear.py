@@ -65,7 +65,7 @@ class LinearGroup:
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """[num_tokens, size] for each size: views of one tensor when the matrices are stacked."""
         if len(self.linears) == 1:
-            return self.linears[0](x).split(self.sizes, dim=-1)
+            return self.linears[0](x).split_with_sizes(self.sizes, dim=-1)
         return [linear(x) for linear in self.linears]
 
 

@@ -53,6 +53,9 @@ class MoELayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         expert_ids, weights = self.router(x)
-        rows = x.to(device="cpu", dtype=self.experts.input_dtype)
-        routed = self.experts.layer.forward(rows, expert_ids.cpu(), weights.cpu()).to(x.device)
+        rows = x.to(self.experts.input_dtype)
+        if x.is_cpu:
+            routed = self.experts.layer.forward(rows, expert_ids, weights)
+        else:
+            routed = self.experts.layer.forward(rows.cpu(), expert_ids.cpu(), weights.cpu()).to(x.device)
         return routed if self.shared is None else routed.add_(self.shared(x))

@@ -43,7 +43,7 @@ def rotate_(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 def _is_complex_viewable(pairs: Tensor) -> bool:
-    return not (pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]))
+    return (pairs.storage_offset() | pairs.stride(0) | pairs.stride(1)) % 2 == 0
 
 
 def pair_order(config: ModelConfig) -> list[int] | None:
