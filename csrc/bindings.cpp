@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "ceilings.h"
 #include "cpu_features.h"
 #include "dispatch.h"
 #include "linear.h"
@@ -268,6 +269,24 @@ void layer_forward(ExpertLayer& layer, const py::array& x, const py::array& ids,
   if (rows.rows > 0) layer.forward(rows, routing, target);
 }
 
+double bandwidth_of_memory(Engine& engine, const py::array& memory) {
+  const uint8_t* data = read<uint8_t>(memory, "memory", {memory.size()});
+  const auto bytes = static_cast<size_t>(memory.size());
+  py::gil_scoped_release release;
+  return measure_bandwidth(engine, data, bytes);
+}
+
+double bandwidth_of_bytes(Engine& engine, size_t bytes) {
+  py::gil_scoped_release release;
+  return measure_bandwidth(engine, bytes);
+}
+
+double compute_ceiling(Engine& engine, double seconds, const std::string& format) {
+  const bool bf16 = format_by_name(format).format == Format::kBf16;
+  py::gil_scoped_release release;
+  return measure_compute(engine, seconds, bf16);
+}
+
 }  // namespace
 }  // namespace kt
 
@@ -297,6 +316,10 @@ PYBIND11_MODULE(_kernels, m) {
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("isa", [](const Engine& engine) { return engine.kernels().name; });
   m.attr("ThreadPool") = m.attr("Engine");
+
+  m.def("measure_bandwidth", &bandwidth_of_bytes, py::arg("engine"), py::arg("bytes"));
+  m.def("measure_bandwidth", &bandwidth_of_memory, py::arg("engine"), py::arg("memory"));
+  m.def("measure_compute", &compute_ceiling, py::arg("engine"), py::arg("seconds"), py::arg("format") = "int8");
 
   py::class_<ExpertLayer>(m, "ExpertLayer")
       .def(py::init(&make_layer), py::arg("engine"), py::arg("hidden_size"), py::arg("moe_intermediate_size"),

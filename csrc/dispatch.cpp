@@ -18,6 +18,8 @@ KernelTable with_tiles(const KernelTable& base, const KernelTable& tiles) {
   merged.tile_s8 = tiles.tile_s8;
   merged.tile_bf16 = tiles.tile_bf16;
   merged.tile_min_rows = tiles.tile_min_rows;
+  merged.peak_s8 = tiles.peak_s8;
+  merged.peak_bf16 = tiles.peak_bf16;
   return merged;
 }
 #endif

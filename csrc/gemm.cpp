@@ -11,6 +11,11 @@ namespace {
 constexpr size_t kActivationsInL2 = 1 << 20;
 // K block of the large-M path: 16 k-steps. A block 512 rows x 1 KiB = 512 KiB, strip block 32 KiB (L1), C in L2.
 constexpr int kBlockSteps = 16;
+// Share of the next strip that later passes over this one ask for (the rest comes with its own first pass).
+#ifndef KT_AHEAD
+#define KT_AHEAD 0.375
+#endif
+constexpr double kAheadShare = KT_AHEAD;
 
 struct Range {
   const uint8_t* begin;
@@ -61,11 +66,15 @@ void whole_k(const KernelTable& kernels, Arithmetic arithmetic, const Weights& w
   args.tile_rows = a.tiling.tile_rows;
   args.k_steps = steps;
   args.c = scratch.c.bytes();
+  args.from_memory = !is_int4(weights);  // int4 is expanded into L2 first
+  const int passes = (args.tiles + 1) / 2;
+  const int ahead_steps = passes > args.from_memory ? static_cast<int>(steps * kAheadShare) : 0;
   for (int strip = begin; strip < end; ++strip) {
     args.b = tile_weights(kernels, weights, strip, 0, steps, scratch);
     args.prefetch_b = strip + 1 < end ? weights.strip(strip + 1) : next;
-    args.prefetch_b_bytes = args.prefetch_b ? weights.shape.strip_bytes() : 0;
+    args.prefetch_b_bytes = args.prefetch_b ? steps_offset(weights.shape, ahead_steps) : 0;
     run_tiles(kernels, arithmetic, args);
+    args.prefetched_steps = args.prefetch_b ? ahead_steps : 0;
     sink.finish(sink, strip, args.c);
   }
 }

@@ -16,6 +16,8 @@ constexpr int kTileRows = 16;         // most rows of an AMX tile
 constexpr int kStepBytes = 64;        // one k-step of one activation row: 64 int8 or 32 bf16
 constexpr int kTileBytes = 1024;      // 16 rows x 64 bytes
 constexpr int kStripStepBytes = 2 * kTileBytes;
+constexpr int kPeakOperandBytes = 16 << 10;  // of a peak kernel: a third of the smallest L1 with AMX
+constexpr int kPeakResultBytes = 4 << 10;
 constexpr int kInt4HeaderBytes = 64;  // per group of an int4 strip: 32 scales, 32 zeros
 
 // An int4 strip is a row of blocks: the headers of the block's groups, then 1024 bytes of codes for each of its k-steps.
@@ -49,7 +51,9 @@ struct TileArgs {
   int k_steps;
   void* c;           // [tiles * tile_rows][32] int32 or float
   bool accumulate;
-  const uint8_t* prefetch_b;  // memory wanted next (the following strip), touched evenly over this call; may be null
+  bool from_memory;           // b is not in L2 yet, but for its first prefetched_steps k-steps
+  int prefetched_steps;
+  const uint8_t* prefetch_b;  // memory wanted next (the start of the following strip), touched evenly; may be null
   size_t prefetch_b_bytes;
   const uint8_t* prefetch_a;  // the next K block of the activations: one run of prefetch_a_bytes
   size_t prefetch_a_bytes;
@@ -103,6 +107,11 @@ struct KernelTable {
   void (*store_f32_f32)(const EpilogueArgs&);
   void (*store_bf16_s32)(const EpilogueArgs&);  // out bf16
   void (*store_bf16_f32)(const EpilogueArgs&);
+
+  // The compute ceiling (ceilings.h): dot products in the blocking of this table's GEMM, `iterations` times over
+  // kPeakOperandBytes that stay in L1; results go to the kPeakResultBytes behind them. Returns the operations done.
+  uint64_t (*peak_s8)(uint8_t* operands, int iterations);
+  uint64_t (*peak_bf16)(uint8_t* operands, int iterations);
 };
 
 extern const KernelTable kScalarTable;

@@ -318,6 +318,53 @@ void store_bf16(const EpilogueArgs& e) {
   }
 }
 
+inline __m256i load_half(const uint8_t* from) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(from)); }
+
+// 4 rows x 16 columns of maddubs, madd and add: what a layout of unsigned weights could reach, without dot4's sign.
+uint64_t peak_s8(uint8_t* operands, int iterations) {
+  constexpr int kRows = 4, kBytesPerDot = 2 * 32;
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i acc[kRows][2];
+  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+  for (int i = 0; i < iterations; ++i) {
+    for (const uint8_t* b = operands; b < operands + kPeakOperandBytes; b += kBytesPerDot) {
+      const __m256i b0 = load_half(b), b1 = load_half(b + 32);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const __m256i four = broadcast4(reinterpret_cast<const int8_t*>(b) + r * 4);
+        acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(_mm256_maddubs_epi16(b0, four), ones));
+        acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(_mm256_maddubs_epi16(b1, four), ones));
+      }
+    }
+  }
+  for (int i = 0; i < 2 * kRows; ++i) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(operands + kPeakOperandBytes + i * 32), acc[i / 2][i % 2]);
+  }
+  return static_cast<uint64_t>(iterations) * (kPeakOperandBytes / kBytesPerDot) * kRows * 2 * 32 * 2;
+}
+
+// The same shape in float FMA, without the unpacking of bf16.
+uint64_t peak_bf16(uint8_t* operands, int iterations) {
+  constexpr int kRows = 4, kBytesPerDot = 2 * 32;
+  __m256 acc[kRows][2];
+  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
+  for (int i = 0; i < iterations; ++i) {
+    for (const uint8_t* b = operands; b < operands + kPeakOperandBytes; b += kBytesPerDot) {
+      const __m256 b0 = _mm256_castsi256_ps(load_half(b)), b1 = _mm256_castsi256_ps(load_half(b + 32));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const __m256 one = _mm256_castsi256_ps(broadcast4(reinterpret_cast<const int8_t*>(b) + r * 4));
+        acc[r][0] = _mm256_fmadd_ps(b0, one, acc[r][0]);
+        acc[r][1] = _mm256_fmadd_ps(b1, one, acc[r][1]);
+      }
+    }
+  }
+  for (int i = 0; i < 2 * kRows; ++i) {
+    _mm256_store_ps(reinterpret_cast<float*>(operands + kPeakOperandBytes + i * 32), acc[i / 2][i % 2]);
+  }
+  return static_cast<uint64_t>(iterations) * (kPeakOperandBytes / kBytesPerDot) * kRows * 2 * 8 * 2;
+}
+
 }  // namespace
 
 extern const KernelTable kAvx2Table = {
@@ -342,6 +389,8 @@ extern const KernelTable kAvx2Table = {
     store_f32<float>,
     store_bf16<int32_t>,
     store_bf16<float>,
+    peak_s8,
+    peak_bf16,
 };
 
 }  // namespace kt

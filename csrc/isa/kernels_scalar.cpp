@@ -170,6 +170,31 @@ void store_bf16(const EpilogueArgs& e) {
   }
 }
 
+// One dot product over the operands' halves, as whatever the compiler makes of a plain loop.
+uint64_t peak_s8(uint8_t* operands, int iterations) {
+  const auto* a = reinterpret_cast<const int8_t*>(operands);
+  const int8_t* b = a + kPeakOperandBytes / 2;
+  auto* result = reinterpret_cast<int32_t*>(operands + kPeakOperandBytes);
+  for (int i = 0; i < iterations; ++i) {
+    int32_t total = 0;
+    for (int k = 0; k < kPeakOperandBytes / 2; ++k) total += a[k] * b[k];
+    result[i % 64] = total;
+  }
+  return static_cast<uint64_t>(iterations) * (kPeakOperandBytes / 2) * 2;
+}
+
+uint64_t peak_bf16(uint8_t* operands, int iterations) {
+  const auto* a = reinterpret_cast<const float*>(operands);
+  const float* b = a + kPeakOperandBytes / 8;
+  auto* result = reinterpret_cast<float*>(operands + kPeakOperandBytes);
+  for (int i = 0; i < iterations; ++i) {
+    float total[4] = {};
+    for (int k = 0; k < kPeakOperandBytes / 8; ++k) total[k % 4] += a[k] * b[k];
+    result[i % 64] = total[0] + total[1] + total[2] + total[3];
+  }
+  return static_cast<uint64_t>(iterations) * (kPeakOperandBytes / 8) * 2;
+}
+
 }  // namespace
 
 extern const KernelTable kScalarTable = {
@@ -194,6 +219,8 @@ extern const KernelTable kScalarTable = {
     store_f32<float>,
     store_bf16<int32_t>,
     store_bf16<float>,
+    peak_s8,
+    peak_bf16,
 };
 
 }  // namespace kt
