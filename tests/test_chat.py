@@ -179,7 +179,7 @@ def test_a_bundle_without_a_manifest(environment: dict[str, str], nano_bundle: P
 
 
 class Session:
-    """A chat in a pseudo-terminal. Output of the program's both streams arrives together, as a user sees it."""
+    """A chat in a pseudo-terminal; both streams of the program arrive together, as a user sees them."""
 
     def __init__(self, environment: dict[str, str], *args: str | Path) -> None:
         self.pid, self._terminal = pty.fork()
@@ -202,7 +202,7 @@ class Session:
         os.write(self._terminal, text.encode())
 
     def press_ctrl_c(self) -> None:
-        """At the speed of a person: CPython's readline misses a signal in the moment after it shows a prompt."""
+        """At a person's speed: CPython's readline misses a signal in the moment after it shows a prompt."""
         time.sleep(0.5)
         self.type("\x03")
 

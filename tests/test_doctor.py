@@ -125,6 +125,12 @@ def test_kernel_tables_are_the_extension_s_own(machine: Path) -> None:
     assert section["chosen"] == _kernels.available_isas()[0]
 
 
+def test_a_forced_table_that_does_not_run(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "KTTOOLS_ISA" not in warnings(machine)
+    monkeypatch.setenv("KTTOOLS_ISA", "sse9")
+    assert "KTTOOLS_ISA=sse9 does not run here" in warnings(machine)
+
+
 def test_a_gpu_that_torch_cannot_use(machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
