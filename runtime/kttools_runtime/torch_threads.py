@@ -14,7 +14,7 @@ from .config import ModelConfig
 # Estimated time of one layer's attention on one core from which a team pays, in microseconds.
 TEAM_PAYS_US = 4000.0
 # One Sapphire Rapids core: multiply-adds per microsecond that attention reaches, and bytes of memory read.
-MACS_PER_US = {torch.bfloat16: 5e5, torch.float32: 5e4}
+MACS_PER_US = {torch.bfloat16: 2e5, torch.float32: 5e4}
 BYTES_PER_US = 16e3
 
 
@@ -22,11 +22,12 @@ def attention_us(config: ModelConfig, dtype: torch.dtype, start: int, num_tokens
     """Estimated time of one layer's attention on one core, in microseconds."""
     heads, context = config.num_attention_heads, start + num_tokens
     kv_b = heads * config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
-    if num_tokens == 1:  # absorbed: kv_b's float32 weights are read once, the cache by all heads
+    if num_tokens == 1:  # absorbed
         macs = context * heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
-        return 4 * kv_b / BYTES_PER_US + macs / MACS_PER_US[dtype]
-    macs = context * kv_b + num_tokens * context * heads * (config.qk_head_dim + config.v_head_dim)
-    return macs / MACS_PER_US[dtype]
+    else:
+        pairs = num_tokens * (start + num_tokens / 2)
+        macs = int(context * kv_b + pairs * heads * (config.qk_head_dim + config.v_head_dim))
+    return 4 * kv_b / BYTES_PER_US + macs / MACS_PER_US[dtype]  # kv_b's float32 weights are read once
 
 
 def set_torch_threads(
