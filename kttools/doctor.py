@@ -111,7 +111,7 @@ def _kernels(report: Report, _: Path) -> dict[str, Any]:
             "only the scalar kernels run on this CPU, and they are slow", "use a CPU with AVX2 or better"
         )
     forced = os.environ.get("KTTOOLS_ISA")
-    runnable = [row["name"] for row in tables if row["supported"]]
+    runnable = [str(row["name"]) for row in tables if row["supported"]]
     if forced and forced not in runnable:
         report.warn(
             f"KTTOOLS_ISA={forced} does not run here, every model will refuse to load",
