@@ -1,4 +1,10 @@
-"""Which tensor gets which format: one table of exceptions, the measurement behind each in its reason."""
+"""Which tensor gets which format: one table of exceptions, the measurement behind each in its reason.
+
+Measured: mean KL against float32 on text of seven domains, a trained model of this architecture with 58.5 M
+weights (ds3-tiny), int8 experts, groups of 128. One other kind of linear at a time in int8, beside the head,
+gains less for more bytes: of 0.0223, o_proj leaves 0.0198, q_b_proj 0.0197, down_proj 0.0202, gate and up
+0.0207, q_a_proj 0.0215.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +37,19 @@ EXCEPTIONS = (
         "lm_head",
         "int4",
         "int8",
-        "its error reaches the logits undamped: mean KL 0.029 with the head in int4, 0.022 without",
+        "its error reaches the logits undamped: mean KL 0.029 with all in int4, 0.022 with this in int8",
+    ),
+    FormatException(
+        "kv_a_proj_with_mqa",
+        "int4",
+        "int8",
+        "all heads read their keys and values from it: KL 0.022 -> 0.018 for 1.5 % more bytes",
+    ),
+    FormatException(
+        "kv_b_proj",
+        "int4",
+        "int8",
+        "the runtime holds it as bf16 anyway, so int4 saves only disk: KL 0.018 -> 0.015",
     ),
 )
 

@@ -49,7 +49,7 @@ def test_the_manifest_says_what_was_decided() -> None:
         "cpu_format": "int8",
         "gpu_format": "int4",
         "group_size": 64,
-        "exceptions": {"lm_head": "int8"},
+        "exceptions": {"lm_head": "int8", "kv_a_proj_with_mqa": "int8", "kv_b_proj": "int8"},
         "smallest_side": SMALLEST_SIDE,
     }
     assert Recipe("int8", "bf16", 64).to_dict()["exceptions"] == {}
