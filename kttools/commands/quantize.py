@@ -40,7 +40,7 @@ CPU_FORMATS = ("int8", "bf16", "int4", "int4_g32", "int4_g64", "int4_g128")
     type=click.Choice(("int4", "int8", "bf16")),
     default="int4",
     show_default=True,
-    help="Format of attention, dense and shared MLPs; with int4, the head and the two kv projections are int8.",
+    help="Format of attention, dense and shared MLPs; with int4, head and kv projections are int8.",
 )
 @click.option(
     "--group-size",
