@@ -9,7 +9,7 @@ import pytest
 
 from tests.forge import config
 
-EXPERTS, VOCAB, HIDDEN, INNER = 3, 32768, 7168, 2048
+EXPERTS, VOCAB, HIDDEN, INNER = 3, 16384, 7168, 2048
 LIMIT = 2.5 * (1 << 30)
 
 MEASURE = """
@@ -22,7 +22,7 @@ sys.exit(code)
 
 
 def sparse_checkpoint(path: Path) -> Path:
-    """Weights of zero in a file with holes: more than a GB to read, nothing on the disk."""
+    """Weights of zero in a file with holes: a GB to read, nothing on the disk."""
     values = config(
         hidden_size=HIDDEN,
         moe_intermediate_size=INNER,
@@ -74,7 +74,7 @@ def write_sparse(file: Path, values: dict) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_peak_memory_is_bounded_and_as_planned(tmp_path: Path, workers: int) -> None:
     source = sparse_checkpoint(tmp_path / "source")
-    assert (source / "model.safetensors").stat().st_size > 1.3e9
+    assert (source / "model.safetensors").stat().st_size > 8e8
     options = ["--workers", str(workers), "--json", "--quiet"]
     line = ["quantize", str(source), "-o", str(tmp_path / "b"), *options]
     done = subprocess.run([sys.executable, "-c", MEASURE, *line], capture_output=True, text=True)
