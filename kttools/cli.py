@@ -30,6 +30,7 @@ COMMANDS: dict[str, Entry] = {
     "chat": Entry("kttools.commands.chat:command", "Talk to a model, or answer one prompt."),
     "inspect": Entry("kttools.commands.inspect:command", "Show what is in a bundle, checkpoint or pack."),
     "verify": Entry("kttools.commands.verify:command", "Check every byte of a bundle."),
+    "bench": Entry("kttools.commands.bench:command", "Measure the expert engine or a whole model."),
     "doctor": Entry("kttools.commands.doctor:command", "Show what this machine can run, and what slows it."),
     "completion": Entry("kttools.commands.completion:command", "Print the shell completion script."),
 }

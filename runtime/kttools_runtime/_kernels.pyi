@@ -55,6 +55,12 @@ def dequantize_int4(
 ) -> _F32:
     """[N, in_features]: row_scale * (group_scale * q - group_zero)."""
 
+def measure_bandwidth(engine: Engine, memory: _U8 | int) -> float:
+    """Bytes per second of reading `memory` (or so many fresh bytes) with all threads; no cache holds it."""
+
+def measure_compute(engine: Engine, seconds: float, format: str = "int8") -> float:
+    """Operations per second of the table's dot products with operands in L1; a multiply-add is two."""
+
 class Engine:
     """Threads, a kernel table and scratch memory, shared by every layer of a model."""
 
