@@ -98,19 +98,16 @@ class LatentAttention:
         config = self.config
         query, kv = self.inputs(x)
         if config.q_lora_rank is not None:
-            query = self.q_b_proj(self.q_norm(query))
+            query = self.q_b_proj(self.q_norm.apply_(query))
         query = query.view(step.num_tokens, config.num_attention_heads, config.qk_head_dim)
         rotate_(query[..., config.qk_nope_head_dim :], step.rotations)
         end = step.start + step.num_tokens
-        self._append(kv, step.rotations, cache[step.start : end])
+        self.kv_norm.apply_(kv[:, : config.kv_lora_rank])
+        rotate_(kv[:, None, config.kv_lora_rank :], step.rotations)
+        cache[step.start : end].copy_(kv)
         if step.num_tokens == 1:
             return self.o_proj(self._absorbed(query, cache[:end]))
         return self.o_proj(self._full(query, cache[:end], step))
-
-    def _append(self, kv: Tensor, rotations: Tensor, rows: Tensor) -> None:
-        latent = self.config.kv_lora_rank
-        rows[:, :latent] = self.kv_norm(kv[:, :latent])
-        rows[:, latent:] = rotate_(kv[:, latent:].unsqueeze(1), rotations).squeeze(1)
 
     def _absorbed(self, query: Tensor, context: Tensor) -> Tensor:
         """One token: query [1, heads, qk_head_dim] -> [1, heads * v_head_dim].
@@ -119,15 +116,15 @@ class LatentAttention:
         value, and the rotary columns of the result are dropped: no copy of the cache, no mask.
         """
         nope, latent = self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        per_head = query.transpose(0, 1)
-        absorbed = torch.bmm(per_head[..., :nope].to(self.w_uk.dtype), self.w_uk)
-        rows = torch.cat((absorbed, per_head[..., nope:].to(absorbed.dtype)), dim=-1).to(context.dtype)
-        keys = context.view(1, 1, *context.shape)
+        per_head = query.transpose(0, 1).to(self.w_uk.dtype)
+        absorbed = torch.bmm(per_head[..., :nope], self.w_uk)
+        rows = torch.cat((absorbed, per_head[..., nope:]), dim=-1).to(context.dtype)
+        keys = context[None, None]
         attended = functional.scaled_dot_product_attention(
-            rows.transpose(0, 1)[None], keys, keys, scale=self.config.softmax_scale
+            rows.view(1, 1, len(rows), -1), keys, keys, scale=self.config.softmax_scale
         )
-        expanded = torch.bmm(attended[0, 0, :, None, :latent].to(self.w_uv.dtype), self.w_uv.transpose(1, 2))
-        return expanded.view(1, -1).to(torch.float32)
+        latents = attended.view(rows.shape)[..., :latent].to(self.w_uv.dtype)
+        return torch.bmm(latents, self.w_uv.mT).view(1, -1).to(torch.float32)
 
     def _full(self, query: Tensor, context: Tensor, step: Step) -> Tensor:
         """query [num_tokens, heads, qk_head_dim] -> [num_tokens, heads * v_head_dim]."""

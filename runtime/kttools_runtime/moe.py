@@ -21,7 +21,7 @@ class ExpertLayer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RoutedExperts:
-    """An expert layer and the dtype of its input: bf16 experts compute in the dtype they are given."""
+    """An expert layer and the dtype of its input; bf16 experts compute in the dtype they are given."""
 
     layer: ExpertLayer
     input_dtype: torch.dtype
@@ -53,7 +53,7 @@ class MoELayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         expert_ids, weights = self.router(x)
-        rows = x.to(self.experts.input_dtype)
+        rows = x if x.shape[0] == 1 else x.to(self.experts.input_dtype)  # one token: as in PackedCpuLinear
         if x.is_cpu:
             routed = self.experts.layer.forward(rows, expert_ids, weights)
         else:

@@ -20,5 +20,12 @@ class RMSNorm:
         self.sum_eps = eps * weight.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
+        return (x * self._scale(x)).mul_(self.scaled_weight)
+
+    def apply_(self, x: Tensor) -> Tensor:
+        """The same in place, for a slice of a projection that nothing else reads."""
+        return x.mul_(self._scale(x)).mul_(self.scaled_weight)
+
+    def _scale(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * norm.square_().add_(self.sum_eps).rsqrt_()).mul_(self.scaled_weight)
+        return norm.square_().add_(self.sum_eps).rsqrt_()
