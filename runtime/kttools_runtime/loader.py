@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from .errors import HardwareError, UnsupportedModelError, UsageError
+from .expert_table import locate_table
 from .linear import Placement
 from .manifest import Manifest, load_manifest
 from .model import Model, build_model
@@ -30,7 +31,8 @@ def load(
     the reference path), "bfloat16", or None for the fastest that keeps quality, today bfloat16: inputs of
     matrix products and the KV cache are bfloat16, everything between them float32. threads: CPU threads;
     None: KTTOOLS_CPU_INFER or every CPU of this process. cache_len: default length of new caches in tokens.
-    expert_table: None or "none", the native router. num_experts: fewer routed experts per token. isa: kernel
+    expert_table: a file, the name of a table in the bundle, None for the bundle's default (the native router
+    where it has none) or "none". num_experts: fewer routed experts per token, without a table. isa: kernel
     table. Raises UsageError, HardwareError, InvalidInputError and its subclasses.
     """
     where = _device(device)
@@ -38,11 +40,16 @@ def load(
         raise UsageError(f"dtype must be float32 or bfloat16, got {dtype!r}")
     if cache_len is not None and cache_len < 1:
         raise UsageError(f"cache_len must be positive, got {cache_len}")
-    if expert_table not in (None, "none"):
-        raise UsageError(f"expert tables are not supported yet, got {str(expert_table)!r}; use none")
+    if num_experts is not None and expert_table not in (None, "none"):
+        raise UsageError("an expert table and a number of experts are both given: use one of them")
     manifest = load_manifest(path)
     _check_kinds(manifest)
-    return _load(manifest, where, DTYPES[dtype], threads, cache_len, num_experts, isa)
+    asked = "none" if num_experts is not None else expert_table
+    table = locate_table(asked, manifest.path, list(manifest.files))
+    model = _load(manifest, where, DTYPES[dtype], threads, cache_len, num_experts, isa)
+    if table is not None:
+        model.use_table(table)
+    return model
 
 
 def _load(

@@ -19,6 +19,7 @@ from .rope import Rope
 from .torch_threads import set_torch_threads
 
 if TYPE_CHECKING:
+    from .expert_table import ExpertTable
     from .generate import FinishReason
     from .tokenizer import Tokenizer
 
@@ -93,6 +94,30 @@ class Model:
                 raise UsageError("this model was built from weights alone and has no tokenizer")
             self._tokenizer = Tokenizer(self._tokenizer_dir)
         return self._tokenizer
+
+    @property
+    def moe_layers(self) -> dict[int, MoELayer]:
+        """The MoE layers by model layer index."""
+        return {i: layer.mlp for i, layer in enumerate(self.layers) if isinstance(layer.mlp, MoELayer)}
+
+    def fingerprint(self) -> str:
+        """What an expert table for this model carries (see expert_table.model_fingerprint)."""
+        from .expert_table import model_fingerprint
+
+        layers = self.moe_layers
+        return model_fingerprint(self.config, {i: (m.router.weight, m.router.bias) for i, m in layers.items()})
+
+    def use_table(self, table: "str | Path | ExpertTable | None") -> None:
+        """Apply an expert table (a file, or one already read) from now on; None: the native router.
+
+        Raises InvalidInputError for another model's table, CorruptFileError for a broken one.
+        """
+        from .expert_table import read_table
+
+        if isinstance(table, (str, Path)):
+            table = read_table(table, self.config, self.fingerprint())
+        for index, layer in self.moe_layers.items():
+            layer.router.table = None if table is None else table.policies[index].to(self.device)
 
     def new_cache(self, cache_len: int | None = None) -> KVCache:
         """An empty cache for `cache_len` tokens (default: the model's cache_len)."""

@@ -12,11 +12,12 @@ from .config import ModelConfig
 NORM_EPS = 1e-20
 
 
-class ExpertTable(Protocol):
+class LayerTable(Protocol):
     """Decides which of a token's native choices are computed in one layer."""
 
-    def select(self, expert_ids: Tensor, expert_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """ids int64 [num_tokens, k] best first, weights float32 -> the same shapes, a dropped id being -1."""
+    def select(self, expert_ids: Tensor, expert_weights: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """ids int64 [num_tokens, k] best first, weights and biased scores float32 -> ids and weights of at
+        most k choices, a dropped id being -1."""
 
 
 class SigmoidGroupRouter:
@@ -37,18 +38,20 @@ class SigmoidGroupRouter:
         self.weight = weight
         self.bias = bias
         self.num_experts = config.num_experts_per_tok if num_experts is None else num_experts
-        self.table: ExpertTable | None = None
+        self.table: LayerTable | None = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, hidden_size] float32 -> ids int64 and weights float32, both [T, num_experts]."""
         scores = functional.linear(x, self.weight).sigmoid_()
-        choice = self._limit_groups(scores + self.bias)
-        expert_ids = choice.topk(self.num_experts, dim=-1).indices
+        best = self._limit_groups(scores + self.bias).topk(self.num_experts, dim=-1)
+        expert_ids = best.indices
         weights = scores.gather(1, expert_ids)
         if self.config.norm_topk_prob:
             weights /= weights.sum(dim=-1, keepdim=True).add_(NORM_EPS)
         weights *= self.config.routed_scaling_factor
-        return (expert_ids, weights) if self.table is None else self.table.select(expert_ids, weights)
+        if self.table is None:
+            return expert_ids, weights
+        return self.table.select(expert_ids, weights, best.values)
 
     def _limit_groups(self, choice: Tensor) -> Tensor:
         """`choice` [num_tokens, n_routed_experts] with minus infinity outside the best topk_group groups."""

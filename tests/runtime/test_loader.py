@@ -48,7 +48,7 @@ def test_unknown_name_of_the_package() -> None:
         ({"device": "meta"}, UsageError, "unknown device 'meta'"),
         ({"device": "cuda:99"}, HardwareError, "device cuda:99: torch sees"),
         ({"cache_len": 0}, UsageError, "cache_len must be positive, got 0"),
-        ({"expert_table": "mine.json"}, UsageError, "expert tables are not supported yet, got 'mine.json'"),
+        ({"expert_table": "t.json", "num_experts": 4}, UsageError, "an expert table and a number of experts"),
         ({}, InvalidInputError, "not a bundle"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Which experts a model needs: statistics, allocation, evaluation and the report."""
