@@ -94,9 +94,9 @@ def domain_ratios(facts: Facts) -> str:
     if not rows:
         return ""
     highest = max(1.1, *(number(r.get("ratio_high", r["ratio"])) for _, r in rows)) * 1.04
-    left, right, step, top = 190.0, 16.0, 30.0, 12.0
+    left, right, step, top = 112.0, 14.0, 30.0, 12.0
     height = top + step * len(rows) + 44
-    width = 980.0
+    width = 480.0
     axis = svg.Axis(0, highest, left, width - right)
     marks = []
     bottom = top + step * len(rows)
@@ -121,9 +121,9 @@ def _ratio_row(
     low, high = number(row.get("ratio_low")), number(row.get("ratio_high"))
     note = "" if scope == "pooled" else "profiled" if data.get("profiled") else "never profiled"
     title = f"{scope}: {row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
-    marks = [svg.text(178, y + 1, scope, "row-label", "end")]
+    marks = [svg.text(100, y + 1, scope, "row-label", "end")]
     if note:
-        marks.append(svg.text(178, y + 12, note, "row-note", "end"))
+        marks.append(svg.text(100, y + 12, note, "row-note", "end"))
     if low == low and high == high:
         box = {"x1": axis(max(low, 0.0)), "x2": axis(high), "y1": y, "y2": y}
         marks.append(svg.tag("line", class_=f"interval wide {class_}", **box))

@@ -10,24 +10,28 @@ from .svg import tag
 from .verdict import POLICY_COLUMNS, Verdict, baseline_note, policy_rows, tiles, verdict
 
 Chart = Callable[[Facts], str]
+Card = tuple[str, Chart, str]  # title, chart, what the reader sees
 
-# title, chart, what the reader sees. Those in one tuple stand side by side.
-CARDS: list[list[tuple[str, Chart, str]]] = [
-    [
-        (
-            "What fewer experts cost",
-            charts.pareto,
-            "Each dot is a policy at the number of experts it really used on the test text. Lower is better. "
-            "Bars and bands are 95 % intervals, bootstrapped over documents; the ring is this table.",
-        )
-    ],
+# Those in one list stand side by side.
+PARETO: Card = (
+    "What fewer experts cost",
+    charts.pareto,
+    "Each dot is a policy at the number of experts it really used on the test text. Lower is better. "
+    "Bars and bands are 95 % intervals, bootstrapped over documents; the ring is this table.",
+)
+CARDS: list[list[Card]] = [
     [
         (
             "Domain by domain",
             charts.domain_ratios,
             "The table's mean KL relative to keeping the same number of experts in every layer. Left of the "
-            "dashed line the table is closer to the full model; a bar that touches it shows no clear difference.",
-        )
+            "dashed line it is closer to the full model; a bar that touches the line shows no difference.",
+        ),
+        (
+            "Predicted against measured",
+            charts.predictions,
+            "Each dot is an allocation of experts to layers, priced from the profile and then really run.",
+        ),
     ],
     [
         (
@@ -39,18 +43,6 @@ CARDS: list[list[tuple[str, Chart, str]]] = [
             "How much each layer matters",
             charts.sensitivity,
             "KL at the output when this layer alone runs with fewer experts, with its standard error.",
-        ),
-    ],
-    [
-        (
-            "Predicted against measured",
-            charts.predictions,
-            "Each dot is an allocation of experts to layers, priced from the profile and then really run.",
-        ),
-        (
-            "Where domains part",
-            heat.divergence_by_layer,
-            "How differently the domains use the experts of a layer, mean over pairs of domains.",
         ),
     ],
     [
@@ -68,18 +60,23 @@ CARDS: list[list[tuple[str, Chart, str]]] = [
             "Jensen-Shannon divergence of expert load in bits, mean over layers: 0 the same, 1 disjoint.",
         ),
         (
-            "Locality",
-            charts.lru,
-            "How often the experts of the next token are already among the n used last, per layer.",
+            "Where domains part",
+            heat.divergence_by_layer,
+            "How differently the domains use the experts of a layer, mean over pairs of domains.",
         ),
     ],
     [
         (
+            "Locality",
+            charts.lru,
+            "How often the experts of the next token are already among the n used last, per layer.",
+        ),
+        (
             "GPU hot set",
             charts.hot_set,
-            "If the n busiest experts of each layer lived on the GPU, this share of the selections would be "
-            "served there. Every domain counts the same.",
-        )
+            "The share of selections served on the GPU if the n busiest experts of each layer lived there. "
+            "Every domain counts the same.",
+        ),
     ],
 ]
 
@@ -92,9 +89,9 @@ def render_page(facts: Facts) -> str:
         _header(facts),
         _verdict(verdict(facts)),
         _tiles(facts),
-        *(_row(row, facts) for row in CARDS[:1]),
+        _row([PARETO], facts),
         _policies(facts),
-        *(_row(row, facts) for row in CARDS[1:]),
+        *(_row(row, facts) for row in CARDS),
         _hot_experts(facts),
         _sources(facts),
         _footer(facts),
@@ -113,7 +110,8 @@ def _header(facts: Facts) -> str:
     router = facts.profile.header["router"]
     tokens = sum(int(d["tokens"]) for d in facts.profile.header["domains"].values())
     lead = (
-        f"{len(facts.moe_layers)} MoE layers of {router['n_routed_experts']} experts, {facts.k_native} a token. "
+        f"{len(facts.moe_layers)} MoE layers of {router['n_routed_experts']} experts, "
+        f"{facts.k_native} a token. "
         f"Profiled on {tokens:,} tokens of {len(facts.domains)} domains: {', '.join(facts.domains)}."
     )
     names = (("auto", "system", True), ("light", "light", False), ("dark", "dark", False))
@@ -155,7 +153,7 @@ def _tiles(facts: Facts) -> str:
     return tag("div", *cells, class_="tiles")
 
 
-def _row(cards: list[tuple[str, Chart, str]], facts: Facts) -> str:
+def _row(cards: list[Card], facts: Facts) -> str:
     sections = [_card(title, chart(facts), lead) for title, chart, lead in cards]
     shown = [s for s in sections if s]
     return tag("div", *shown, class_="pair") if len(cards) > 1 and shown else "".join(shown)

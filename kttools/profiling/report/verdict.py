@@ -43,8 +43,8 @@ def _sentences(facts: Facts, judged: dict[str, Any]) -> list[str]:
 def _cost(facts: Facts, judged: dict[str, Any]) -> str:
     m = judged["metrics"]["pooled"]
     sentence = (
-        f"With {judged['k_mean']:.2f} instead of {facts.k_native} experts per token, the distribution over the "
-        f"next token moves by {_interval(m, 'kl')} nats of KL on average over {m['tokens']:,} test tokens"
+        f"With {judged['k_mean']:.2f} instead of {facts.k_native} experts per token, the distribution over "
+        f"the next token moves by {_interval(m, 'kl')} nats of KL on average over {m['tokens']:,} test tokens"
     )
     parts = []
     if m.get("top1_agreement") is not None:
@@ -173,6 +173,6 @@ def baseline_note(facts: Facts) -> str:
     if "flat-alpha" not in names:
         return ""
     return (
-        "flat k + alpha keeps as many experts in every layer and only rescales what is kept: the distance from "
-        "it to the table is what the profile adds, the distance from flat k to it is what the rescaling adds."
+        "flat k + alpha keeps as many experts in every layer and only rescales what is kept: its distance "
+        "to the table is what the profile adds, its distance to flat k is what the rescaling adds."
     )

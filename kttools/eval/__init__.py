@@ -1,0 +1,1 @@
+"""Judging a model on tasks; adapters to other evaluation tools."""

@@ -1,0 +1,30 @@
+"""Shards through Ray give what a plain loop gives. Skipped without Ray; its absence has its own test."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from kttools.profiling.ray_adapter import run_shards
+from kttools_runtime.errors import UsageError
+
+
+def test_without_ray_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'kttools\[ray\]'"):
+        list(run_shards(abs, [1]))
+
+
+def test_shards_are_bit_identical_wherever_they_run() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (extra: ray)")
+    tasks = [np.random.default_rng(seed).standard_normal(1000) for seed in range(4)]
+    found = dict(run_shards(np.sort, tasks))
+    assert sorted(found) == [0, 1, 2, 3]
+    for index, task in enumerate(tasks):
+        assert found[index].tobytes() == np.sort(task).tobytes()
+
+
+def test_a_worker_needs_a_cpu() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (extra: ray)")
+    with pytest.raises(UsageError, match="cpus_per_shard must be positive"):
+        list(run_shards(abs, [1], cpus_per_shard=0))
