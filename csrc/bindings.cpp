@@ -245,8 +245,14 @@ void linear_forward(PackedLinear& linear, const py::array& x, py::array out) {
   if (rows.rows > 0) linear.forward(rows, target, out_bf16);
 }
 
-std::unique_ptr<ExpertLayer> make_layer(std::shared_ptr<Engine> engine, int hidden_size, int moe_intermediate_size,
-                                        const std::vector<std::string>& names, const std::vector<py::array>& blobs) {
+// A layer and the arrays it reads in place: these very arrays, whatever becomes of the list they came in.
+struct LayerOverBlobs {
+  std::vector<py::array> blobs;
+  ExpertLayer layer;
+};
+
+std::unique_ptr<LayerOverBlobs> make_layer(std::shared_ptr<Engine> engine, int hidden_size, int moe_intermediate_size,
+                                           const std::vector<std::string>& names, std::vector<py::array> blobs) {
   if (names.size() != blobs.size()) fail("formats and blobs differ in length");
   std::vector<ExpertBlob> experts;
   for (size_t e = 0; e < blobs.size(); ++e) {
@@ -254,10 +260,12 @@ std::unique_ptr<ExpertLayer> make_layer(std::shared_ptr<Engine> engine, int hidd
     const auto bytes = static_cast<py::ssize_t>(ExpertShape(id, hidden_size, moe_intermediate_size).blob_bytes());
     experts.push_back({id, read<uint8_t>(blobs[e], "blob", {bytes})});
   }
-  return std::make_unique<ExpertLayer>(std::move(engine), hidden_size, moe_intermediate_size, std::move(experts));
+  ExpertLayer layer(std::move(engine), hidden_size, moe_intermediate_size, std::move(experts));
+  return std::unique_ptr<LayerOverBlobs>(new LayerOverBlobs{std::move(blobs), std::move(layer)});
 }
 
-void layer_forward(ExpertLayer& layer, const py::array& x, const py::array& ids, const py::array& weights, py::array out) {
+void layer_forward(LayerOverBlobs& self, const py::array& x, const py::array& ids, const py::array& weights, py::array out) {
+  ExpertLayer& layer = self.layer;
   const Input rows = input(x, layer.hidden_size());
   if (ids.ndim() != 2) fail("expert_ids must have 2 dimensions, got " + shape_text(ids));
   const py::ssize_t k = ids.shape(1);
@@ -315,16 +323,15 @@ PYBIND11_MODULE(_kernels, m) {
            py::arg("threads"), py::arg("isa") = py::none())
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("isa", [](const Engine& engine) { return engine.kernels().name; });
-  m.attr("ThreadPool") = m.attr("Engine");
 
   m.def("measure_bandwidth", &bandwidth_of_bytes, py::arg("engine"), py::arg("bytes"));
   m.def("measure_bandwidth", &bandwidth_of_memory, py::arg("engine"), py::arg("memory"));
   m.def("measure_compute", &compute_ceiling, py::arg("engine"), py::arg("seconds"), py::arg("format") = "int8");
 
-  py::class_<ExpertLayer>(m, "ExpertLayer")
+  py::class_<LayerOverBlobs>(m, "ExpertLayer")
       .def(py::init(&make_layer), py::arg("engine"), py::arg("hidden_size"), py::arg("moe_intermediate_size"),
-           py::arg("formats"), py::arg("blobs"), py::keep_alive<1, 6>())
-      .def_property_readonly("num_experts", &ExpertLayer::num_experts)
+           py::arg("formats"), py::arg("blobs"))
+      .def_property_readonly("num_experts", [](const LayerOverBlobs& self) { return self.layer.num_experts(); })
       .def("forward", &layer_forward, py::arg("x"), py::arg("expert_ids"), py::arg("expert_weights"), py::arg("out"));
 
   py::class_<PackedLinear>(m, "PackedLinear")
