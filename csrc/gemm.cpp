@@ -9,6 +9,7 @@ namespace {
 
 // A block of activations must stay in L2 (2 MiB on Sapphire Rapids and later) beside two strips of weights and C.
 constexpr size_t kActivationsInL2 = 1 << 20;
+constexpr size_t kResultInL2 = 512 << 10;  // C of one unit of work
 // K block of the large-M path: 16 k-steps. A block 512 rows x 1 KiB = 512 KiB, strip block 32 KiB (L1), C in L2.
 constexpr int kBlockSteps = 16;
 // Share of the next strip that later passes over this one ask for (the rest comes with its own first pass).
@@ -57,7 +58,7 @@ const uint8_t* tile_weights(const KernelTable& kernels, const Weights& weights, 
 }
 
 void whole_k(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
-             const Activations& a, const uint8_t* next, GemmScratch& scratch, const StripSink& sink) {
+             const Activations& a, const uint8_t* next, GemmScratch& scratch) {
   const int steps = weights.shape.k_steps();
   TileArgs args = {};
   args.a = a.data;
@@ -65,23 +66,23 @@ void whole_k(const KernelTable& kernels, Arithmetic arithmetic, const Weights& w
   args.tiles = a.tiling.tiles;
   args.tile_rows = a.tiling.tile_rows;
   args.k_steps = steps;
-  args.c = scratch.c.bytes();
+  const size_t c_bytes = static_cast<size_t>(a.tiling.padded_rows()) * kStripCols * 4;
   args.from_memory = !is_int4(weights);  // int4 is expanded into L2 first
   const int passes = (args.tiles + 1) / 2;
   const int ahead_steps = passes > args.from_memory ? static_cast<int>(steps * kAheadShare) : 0;
   for (int strip = begin; strip < end; ++strip) {
     args.b = tile_weights(kernels, weights, strip, 0, steps, scratch);
+    args.c = scratch.c.bytes() + (strip - begin) * c_bytes;
     args.prefetch_b = strip + 1 < end ? weights.strip(strip + 1) : next;
     args.prefetch_b_bytes = args.prefetch_b ? steps_offset(weights.shape, ahead_steps) : 0;
     run_tiles(kernels, arithmetic, args);
     args.prefetched_steps = args.prefetch_b ? ahead_steps : 0;
-    sink.finish(sink, strip, args.c);
   }
 }
 
 // M x K does not fit in L2: keep C of this range of strips there instead and walk K in blocks.
 void blocked_k(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
-               const Activations& a, GemmScratch& scratch, const StripSink& sink) {
+               const Activations& a, GemmScratch& scratch) {
   const Tiling& tiling = a.tiling;
   const size_t step_bytes = static_cast<size_t>(tiling.padded_rows()) * kStepBytes;  // of A, all tiles
   const size_t c_bytes = static_cast<size_t>(tiling.padded_rows()) * kStripCols * 4;
@@ -109,7 +110,30 @@ void blocked_k(const KernelTable& kernels, Arithmetic arithmetic, const Weights&
       run_tiles(kernels, arithmetic, args);
     }
   }
-  for (int strip = begin; strip < end; ++strip) sink.finish(sink, strip, scratch.c.bytes() + (strip - begin) * c_bytes);
+}
+
+// Hands C to the sink a few rows at a time, all strips of these rows together: rows of the output lie pages apart, so
+// that going down one strip would cost a TLB miss for every 128 bytes.
+void finish_rows(const StripSink& sink, int begin, int end, int rows, size_t c_bytes, const uint8_t* c) {
+  constexpr int kRows = 8;
+  for (int row = 0; row < rows; row += kRows) {
+    EpilogueArgs at_row = sink.args;
+    at_row.rows = std::min(kRows, rows - row);
+    if (sink.prefetch && row + kRows < rows) sink.prefetch(sink, row + kRows, std::min(kRows, rows - row - kRows), begin, end);
+    if (at_row.scale_a) at_row.scale_a += row;
+    if (at_row.weight) at_row.weight += row;
+    if (at_row.h) at_row.h += row * at_row.h_stride;
+    if (at_row.token) {
+      at_row.token += row;
+    } else if (at_row.out) {
+      at_row.out = static_cast<char*>(at_row.out) + row * at_row.out_stride * (sink.out_is_bf16 ? 2 : 4);
+    }
+    EpilogueArgs args = at_row;
+    for (int strip = begin; strip < end; ++strip) {
+      args.c = c + (strip - begin) * c_bytes + static_cast<size_t>(row) * kStripCols * 4;
+      sink.finish(sink, at_row, strip, args);
+    }
+  }
 }
 
 }  // namespace
@@ -145,30 +169,33 @@ void Tiling::scatter(const uint8_t* row, int r, uint8_t* tiles_out) const {
 void reserve_gemm_scratch(GemmScratch& scratch, const StripShape& shape, int rows, int strips) {
   const Tiling tiling(rows, shape.k_steps());
   const size_t c_rows = std::max(rows, tiling.padded_rows());
-  scratch.c.reserve((tiling.blocked() ? strips : 1) * c_rows * kStripCols * 4);
+  scratch.c.reserve(strips * c_rows * kStripCols * 4);
   if (shape.info->k_group) scratch.expanded.reserve(static_cast<size_t>(shape.k_steps()) * kStripStepBytes);
 }
 
-int strips_per_unit(int strips, int threads) {
+int strips_per_unit(int strips, int threads, int rows) {
   constexpr int kMost = 16, kUnitsPerThread = 4;
-  return std::max(1, std::min(kMost, strips / (threads * kUnitsPerThread)));
+  const int fits = static_cast<int>(kResultInL2 / (static_cast<size_t>(rows) * kStripCols * 4));
+  return std::max(1, std::min({kMost, fits, strips / (threads * kUnitsPerThread)}));
 }
 
 void gemm_strips(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
                  const Activations& a, const uint8_t* next, GemmScratch& scratch, const StripSink& sink) {
+  const size_t rows = static_cast<size_t>(a.tiled ? a.tiling.padded_rows() : a.rows);
+  const size_t c_bytes = rows * kStripCols * 4;
   if (!a.tiled) {
     for (int strip = begin; strip < end; ++strip) {
-      vector_strip(kernels, arithmetic, weights, strip, a, scratch.c.bytes());
-      sink.finish(sink, strip, scratch.c.bytes());
+      vector_strip(kernels, arithmetic, weights, strip, a, scratch.c.bytes() + (strip - begin) * c_bytes);
     }
-    return;
-  }
-  kernels.tile_configure(a.tiling.tile_rows);
-  if (a.tiling.blocked()) {
-    blocked_k(kernels, arithmetic, weights, begin, end, a, scratch, sink);
   } else {
-    whole_k(kernels, arithmetic, weights, begin, end, a, next, scratch, sink);
+    kernels.tile_configure(a.tiling.tile_rows);
+    if (a.tiling.blocked()) {
+      blocked_k(kernels, arithmetic, weights, begin, end, a, scratch);
+    } else {
+      whole_k(kernels, arithmetic, weights, begin, end, a, next, scratch);
+    }
   }
+  finish_rows(sink, begin, end, a.rows, c_bytes, scratch.c.bytes());
 }
 
 }  // namespace kt

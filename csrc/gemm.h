@@ -83,12 +83,15 @@ struct GemmScratch {
   Buffer row;  // one converted row on its way into tiles
 };
 
-// Does something with a finished strip: c is [rows][32].
+// Does something with finished strips, some rows of one strip at a time. `rows` describes these rows at strip 0; finish sets
+// what depends on the strip (scale_b, h, out, cols) in `args`, a copy of rows whose c is already right, and runs the
+// epilogue. In place, because passing the struct by value stalls on store forwarding (a seventh of the time at 4096 tokens).
 struct StripSink {
-  void (*finish)(const StripSink& sink, int strip, const void* c);
+  void (*finish)(const StripSink& sink, const EpilogueArgs& rows, int strip, EpilogueArgs& args);
+  void (*prefetch)(const StripSink& sink, int first_row, int rows, int begin, int end);  // may be null
   const KernelTable* kernels;
   Arithmetic arithmetic;
-  EpilogueArgs args;  // template: c, scale_b, out, cols are set per strip
+  EpilogueArgs args;  // of row 0 and strip 0; cols: of the whole matrix
   bool out_is_bf16 = false;
 };
 
@@ -99,7 +102,7 @@ void gemm_strips(const KernelTable& kernels, Arithmetic arithmetic, const Weight
 // Makes scratch large enough for gemm_strips over at most `strips` strips at a time. rows: of the largest Activations.
 void reserve_gemm_scratch(GemmScratch& scratch, const StripShape& shape, int rows, int strips);
 
-// Strips that one unit of work covers: enough for every thread to get several, at most 16 (C must stay in L2).
-int strips_per_unit(int strips, int threads);
+// Strips that one unit of work covers: enough for every thread to get several; at most 16, and C must stay in L2.
+int strips_per_unit(int strips, int threads, int rows);
 
 }  // namespace kt

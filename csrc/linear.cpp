@@ -8,18 +8,16 @@ namespace {
 
 constexpr int kMaxRows = 512;  // computed together, like a segment of an expert
 
-void finish_store(const StripSink& sink, int strip, const void* c) {
-  EpilogueArgs args = sink.args;
-  args.c = c;
-  args.cols = std::min(kStripCols, sink.args.cols - strip * kStripCols);
-  if (args.scale_b) args.scale_b += strip * kStripCols;
+void finish_store(const StripSink& sink, const EpilogueArgs& rows, int strip, EpilogueArgs& args) {
+  args.cols = std::min(kStripCols, rows.cols - strip * kStripCols);
+  if (rows.scale_b) args.scale_b = rows.scale_b + strip * kStripCols;
   const KernelTable& k = *sink.kernels;
   const bool exact = sink.arithmetic == Arithmetic::kInt8;
   if (sink.out_is_bf16) {
-    args.out = static_cast<uint16_t*>(sink.args.out) + strip * kStripCols;
+    args.out = static_cast<uint16_t*>(rows.out) + strip * kStripCols;
     (exact ? k.store_bf16_s32 : k.store_bf16_f32)(args);
   } else {
-    args.out = static_cast<float*>(sink.args.out) + strip * kStripCols;
+    args.out = static_cast<float*>(rows.out) + strip * kStripCols;
     (exact ? k.store_f32_s32 : k.store_f32_f32)(args);
   }
 }
@@ -75,9 +73,9 @@ void PackedLinear::forward_rows(const Input& x, uint8_t* out, bool out_is_bf16) 
   reserve_stage(engine.stage, needs, x.rows, x.cols);
   if (tiled) engine.tiles.reserve(tiling.bytes());
   const int workers = engine.workers_for(shape.bytes(), x.rows);
-  const int unit = strips_per_unit(shape.strips(), workers);
+  const int unit = strips_per_unit(shape.strips(), workers, x.rows);
   for (int w = 0; w < workers; ++w) reserve_gemm_scratch(engine.gemm_scratch(w), shape, x.rows, unit);
-  StripSink sink = {finish_store, &kernels, arithmetic, {}, out_is_bf16};
+  StripSink sink = {finish_store, nullptr, &kernels, arithmetic, {}, out_is_bf16};
   sink.args.rows = x.rows;
   sink.args.scale_a = weights_.scales ? engine.stage.scale.as<float>() : nullptr;
   sink.args.scale_b = weights_.scales;

@@ -12,21 +12,27 @@ constexpr int kMaxTokens = 4096;      // tokens per pass: bounds scratch, and gi
 constexpr int kMaxSegmentRows = 512;  // rows of one expert computed together (csrc/README.md, "Blocking")
 constexpr int kGroupRows = 512;       // rows between two barriers
 
-void finish_gate_up(const StripSink& sink, int strip, const void* c) {
-  EpilogueArgs args = sink.args;
-  args.c = c;
-  args.h = sink.args.h + strip * kTileCols;
-  if (args.scale_b) args.scale_b += strip * kStripCols;
+void finish_gate_up(const StripSink& sink, const EpilogueArgs& rows, int strip, EpilogueArgs& args) {
+  args.h = rows.h + strip * kTileCols;
+  if (rows.scale_b) args.scale_b = rows.scale_b + strip * kStripCols;
   (sink.arithmetic == Arithmetic::kInt8 ? sink.kernels->silu_mul_s32 : sink.kernels->silu_mul_f32)(args);
 }
 
-void finish_down(const StripSink& sink, int strip, const void* c) {
-  EpilogueArgs args = sink.args;
-  args.c = c;
-  args.out = static_cast<float*>(sink.args.out) + strip * kStripCols;
-  args.cols = std::min(kStripCols, sink.args.cols - strip * kStripCols);
-  if (args.scale_b) args.scale_b += strip * kStripCols;
+void finish_down(const StripSink& sink, const EpilogueArgs& rows, int strip, EpilogueArgs& args) {
+  args.out = static_cast<float*>(rows.out) + strip * kStripCols;
+  args.cols = std::min(kStripCols, rows.cols - strip * kStripCols);
+  if (rows.scale_b) args.scale_b = rows.scale_b + strip * kStripCols;
   (sink.arithmetic == Arithmetic::kInt8 ? sink.kernels->add_weighted_s32 : sink.kernels->add_weighted_f32)(args);
+}
+
+// The output rows about to be added to: long since out of the caches when many tokens go by.
+void prefetch_down(const StripSink& sink, int first_row, int rows, int begin, int end) {
+  const size_t bytes = static_cast<size_t>(std::min(end * kStripCols, sink.args.cols) - begin * kStripCols) * sizeof(float);
+  for (int r = first_row; r < first_row + rows; ++r) {
+    const char* at = reinterpret_cast<const char*>(static_cast<const float*>(sink.args.out) +
+                                                   sink.args.token[r] * sink.args.out_stride + begin * kStripCols);
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 1);
+  }
 }
 
 }  // namespace
@@ -190,7 +196,7 @@ void ExpertLayer::forward_chunk(const Input& x, const Routing& routing, float* o
   const int workers = engine.workers_for(plan.weight_bytes, plan.largest_segment);
   reserve_stage(engine.stage, plan.needs, x.rows, hidden_size_);
   engine.tiles.reserve(plan.input_bytes);
-  engine.hidden.reserve(plan.hidden_rows * f32_stride(intermediate_));
+  engine.hidden.reserve(plan.hidden_rows * hidden_row_floats() * sizeof(float));
   engine.hidden_rows.reserve(plan.hidden_bytes);
   for (int w = 0; w < workers; ++w) {
     engine.gemm_scratch(w).row.reserve(f32_stride(intermediate_));
@@ -253,9 +259,11 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
   if (worker == 0) sync.hidden.reset(), sync.down.reset();
 
   // Gate and up, multiplied while they are hot.
-  const size_t hidden_stride = f32_stride(intermediate_) / sizeof(float);
+  const size_t hidden_stride = hidden_row_floats();
+  int largest = 1;
+  for (int i = first; i < last; ++i) largest = std::max(largest, plan.segments[i].rows);
   const int gate_up_strips = experts_[0].gate_up.shape.strips();
-  const int gate_up_unit = strips_per_unit(gate_up_strips * (last - first), sync.workers);
+  const int gate_up_unit = strips_per_unit(gate_up_strips * (last - first), sync.workers, largest);
   const int units_per_segment = (gate_up_strips + gate_up_unit - 1) / gate_up_unit;
   for (int u = sync.gate_up.take(); u < units_per_segment * (last - first); u = sync.gate_up.take()) {
     const Segment& s = plan.segments[first + u / units_per_segment];
@@ -267,7 +275,7 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
       a.data = staged_row(engine.stage, s.arithmetic, hidden_size_, plan.token[s.row]);
       if (s.rows == 2) a.row_stride *= static_cast<size_t>(plan.token[s.row + 1] - plan.token[s.row]);
     }
-    StripSink sink = {finish_gate_up, &kernels, s.arithmetic, {}};
+    StripSink sink = {finish_gate_up, nullptr, &kernels, s.arithmetic, {}};
     sink.args.rows = s.rows;
     sink.args.scale_a = weights.scales ? plan.scale.data() + s.row : nullptr;
     sink.args.scale_b = weights.scales;
@@ -300,7 +308,7 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
   // Down: a worker owns a range of output columns for every expert of the group, in expert order, so that sums come
   // out the same however many workers there are.
   const int down_strips = experts_[0].down.shape.strips();
-  const int down_unit = strips_per_unit(down_strips, sync.workers);
+  const int down_unit = strips_per_unit(down_strips, sync.workers, largest);
   const int down_units = (down_strips + down_unit - 1) / down_unit;
   for (int u = sync.down.take(); u < down_units; u = sync.down.take()) {
     const int begin = u * down_unit, end = std::min(begin + down_unit, down_strips);
@@ -314,7 +322,7 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
         a.data = engine.hidden.bytes() + local * hidden_stride * sizeof(float);
         a.row_stride = hidden_stride * sizeof(float);
       }
-      StripSink sink = {finish_down, &kernels, s.arithmetic, {}};
+      StripSink sink = {finish_down, prefetch_down, &kernels, s.arithmetic, {}};
       sink.args.rows = s.rows;
       sink.args.scale_a = weights.scales ? plan.hidden_scale.data() + local : nullptr;
       sink.args.scale_b = weights.scales;

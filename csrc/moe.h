@@ -42,6 +42,8 @@ class ExpertLayer {
   struct Segment;
   struct Plan;
 
+  // An odd number of cache lines, so that rows do not all fall into the same cache sets.
+  size_t hidden_row_floats() const { return f32_stride(intermediate_) / sizeof(float) / 32 * 32 + 16; }
   void check_ids(const Routing& routing, int tokens) const;
   Plan make_plan(const Input& x, const Routing& routing) const;
   void forward_chunk(const Input& x, const Routing& routing, float* out);
