@@ -4,6 +4,7 @@ A shard's result depends on its arguments alone, so where it runs changes nothin
 need this package and must see the same files under the same names.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -32,14 +33,19 @@ def run_shards(
         _connect(ray, address)
     try:
         # Threads per worker follow num_cpus: more would fight over the cores Ray counts.
-        remote = ray.remote(num_cpus=cpus_per_shard, max_retries=2)(function)
-        pending = {remote.remote(task): index for index, task in enumerate(tasks)}
+        remote = ray.remote(num_cpus=cpus_per_shard, max_retries=2)(_call)
+        pending = {remote.remote(function, task): index for index, task in enumerate(tasks)}
         while pending:
             (done, *_), _ = ray.wait(list(pending), num_returns=1)
             yield pending.pop(done), _result(ray, done)
     finally:
         if not was_running:
             ray.shutdown()
+
+
+def _call(function: Callable[[Task], Result], task: Task) -> Result:
+    """What a worker runs; Ray's decorator takes plain functions only."""
+    return function(task)
 
 
 def _import_ray() -> Any:
@@ -51,6 +57,7 @@ def _import_ray() -> Any:
 
 
 def _connect(ray: Any, address: str | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone unless asked for
     try:
         ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
     except (ConnectionError, ValueError, RuntimeError) as error:

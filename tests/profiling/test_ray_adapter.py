@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from kttools.profiling.data_spec import parse_spec
 from kttools.profiling.ray_adapter import run_shards
 from kttools_runtime.errors import UsageError
 
@@ -28,3 +29,9 @@ def test_a_worker_needs_a_cpu() -> None:
     pytest.importorskip("ray", reason="Ray is not installed (extra: ray)")
     with pytest.raises(UsageError, match="cpus_per_shard must be positive"):
         list(run_shards(abs, [1], cpus_per_shard=0))
+
+
+def test_a_shards_own_error_comes_back_as_it_is() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (extra: ray)")
+    with pytest.raises(UsageError, match="names no file"):
+        list(run_shards(parse_spec, ["x=jsonl:"]))
