@@ -39,7 +39,7 @@ def problem(shape: LayerShape, seed: int = 7) -> Problem:
     small = LayerShape(shape.name, shape.hidden_size, shape.moe_intermediate_size, shape.top_k, shape.top_k)
     parts = [gaussian_expert(small, seed + e) for e in range(small.num_experts)]
     gate, up, down = (torch.stack([part[i] for part in parts]) for i in range(3))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1000)  # not an expert's: x must not resemble a row
     x = torch.randn(NUM_TOKENS, shape.hidden_size, generator=generator).to(torch.bfloat16)
     ids = torch.stack([torch.randperm(small.num_experts, generator=generator) for _ in range(NUM_TOKENS)])
     weights = torch.rand(NUM_TOKENS, small.top_k, generator=generator)

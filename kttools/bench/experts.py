@@ -128,17 +128,20 @@ def run(
     rows: list[Row] = []
     for num_tokens in plan.tokens:
         notice(f"{num_tokens} tokens")
-        mine, theirs = _alternate(ours, peer, num_tokens, plan.repeat or default_repeat(num_tokens))
+        repeat = plan.repeat or default_repeat(num_tokens)
+        mine, theirs = _alternate(ours, peer, num_tokens, repeat, log)
         log.measure()
         rows.extend(_rows(engine, plan, ours, log, num_tokens, mine, theirs, peer))
     return rows
 
 
 def _alternate(
-    ours: OurLayer, peer: KtKernelPeer | None, num_tokens: int, repeat: int
+    ours: OurLayer, peer: KtKernelPeer | None, num_tokens: int, repeat: int, log: CeilingLog
 ) -> tuple[list[Call], list[Call]]:
     mine, theirs = [], []
-    for _ in range(repeat):
+    for index in range(repeat):
+        if index == repeat // 2:
+            log.measure()  # in the middle as well: a row with a peer can take half a minute
         mine.append(ours.call(num_tokens))
         if peer is not None:
             time.sleep(SETTLE_SECONDS)

@@ -157,7 +157,7 @@ class KtKernelPeer:
             stdin.write(json.dumps(request) + "\n")
             stdin.flush()
             line = stdout.readline()
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # ValueError: closed on our side
             line = ""
         if not line:
             raise EngineError(f"{NAME} died at {request['op']} (exit status {self._process.wait()})")

@@ -13,13 +13,11 @@ from .report import Record, samples
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class SpeedTest:
     """n_prompt tokens at once, or n_gen tokens one by one from an empty cache; the other is 0."""
 
     n_prompt: int
     n_gen: int
-
-    __test__ = False  # not a test case of pytest
 
     @property
     def name(self) -> str:
@@ -30,12 +28,12 @@ class Test:
         return self.n_prompt + self.n_gen
 
 
-def tests_of(prompts: Sequence[int], gens: Sequence[int]) -> list[Test]:
+def speed_tests(prompts: Sequence[int], gens: Sequence[int]) -> list[SpeedTest]:
     """Zeros drop a kind of test, as with llama-bench."""
-    return [Test(n, 0) for n in prompts if n] + [Test(0, n) for n in gens if n]
+    return [SpeedTest(n, 0) for n in prompts if n] + [SpeedTest(0, n) for n in gens if n]
 
 
-def time_once(model: Any, test: Test, generator: torch.Generator) -> float:
+def time_once(model: Any, test: SpeedTest, generator: torch.Generator) -> float:
     """Seconds of one run with random tokens and a fresh cache, which is made before the clock starts."""
     cache = model.new_cache(test.tokens)
     tokens = torch.randint(0, model.config.vocab_size, (test.tokens,), generator=generator)
@@ -49,7 +47,7 @@ def time_once(model: Any, test: Test, generator: torch.Generator) -> float:
     return time.perf_counter() - start
 
 
-def our_record(bundle: Path, model: Any, test: Test, seconds: Sequence[float]) -> Record:
+def our_record(bundle: Path, model: Any, test: SpeedTest, seconds: Sequence[float]) -> Record:
     """llama-bench's fields of our run."""
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
     return {
@@ -78,7 +76,7 @@ def model_type(bundle: Path) -> str:
 
 def run(
     bundle: Path,
-    tests: Sequence[Test],
+    tests: Sequence[SpeedTest],
     repeat: int,
     peers: Sequence[LlamaBench],
     load: Callable[[], Any],

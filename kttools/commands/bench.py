@@ -212,10 +212,10 @@ def _model(bundle: Path, given: dict[str, Any]) -> None:
 
     from kttools.bench import report
     from kttools.bench.llama_bench import LlamaBench
-    from kttools.bench.model import run, tests_of
+    from kttools.bench.model import run, speed_tests
     from kttools_runtime import load
 
-    tests = tests_of(given["n_prompt"], given["n_gen"])
+    tests = speed_tests(given["n_prompt"], given["n_gen"])
     if not tests:
         raise UsageError("nothing to measure: -p and -n are both 0")
     peers = [LlamaBench(Path(given["llama_bench"]), Path(file)) for file in given["ggufs"]]
