@@ -4,7 +4,7 @@ An array of another dtype, shape or layout raises ValueError, and so does every 
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias, TypedDict, final
+from typing import TypeAlias, TypedDict, final, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +55,13 @@ def dequantize_int4(
 ) -> _F32:
     """[N, in_features]: row_scale * (group_scale * q - group_zero)."""
 
-def measure_bandwidth(engine: Engine, memory: _U8 | int) -> float:
-    """Bytes per second of reading `memory` (or so many fresh bytes) with all threads; no cache holds it."""
+@overload
+def measure_bandwidth(engine: Engine, bytes: int) -> float:
+    """Bytes per second of reading so many fresh bytes with all threads; no cache must hold them."""
+
+@overload
+def measure_bandwidth(engine: Engine, memory: _U8) -> float:
+    """The same of memory that is there."""
 
 def measure_compute(engine: Engine, seconds: float, format: str = "int8") -> float:
     """Operations per second of the table's dot products with operands in L1; a multiply-add is two."""

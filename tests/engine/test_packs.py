@@ -13,9 +13,6 @@ from tests.engine import reference as ref
 
 SIZES = [(64, 32), (320, 96), (72, 40), (1, 1), (33, 17), (129, 131)]
 GROUPS = [32, 64, 128]
-NARROW_POSITIVE = pytest.mark.xfail(
-    strict=True, reason="z cannot be negative, and s is chosen by a range that does not reach down to zero"
-)
 
 
 def digests() -> dict[str, str]:
@@ -183,17 +180,14 @@ def test_rows_of_every_size(name: str, size: float) -> None:
     if size < 1e-30 and name != "bf16":
         assert not gate.any()
     elif size >= 1e-18:
-        # int4 compares squared errors, which overflow far from here: beyond 1e19 it takes the first guess
-        limit = {"bf16": 2.0**-8, "int8": 2.0**-7}.get(name, 0.2 if size < 1e19 else 0.35)
+        limit = {"bf16": 2.0**-8, "int8": 2.0**-7}.get(name, 0.2)
         ref.within(gate / np.float32(size), w, limit)
 
 
 @pytest.mark.parametrize("value", [3.0e38, -3.3e38])
 @pytest.mark.parametrize("name", ref.FORMATS)
-def test_largest_floats(name: str, value: float, request: pytest.FixtureRequest) -> None:
+def test_largest_floats(name: str, value: float) -> None:
     """Both signs of nearly the largest float in one row: no scale overflows."""
-    if name.startswith("int4"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="high - low overflows to infinity"))
     w = np.zeros((16, 64), dtype=np.float32)
     w[:, 0], w[:, 1] = value, -value
     blob = ref.aligned(_kernels.expert_bytes(name, 64, 16))
