@@ -43,6 +43,15 @@ def section(title: str, command: click.Command, name: str, parent: click.Context
     return f"## {title}\n\n```text\n" + "\n".join(lines).strip() + "\n```\n"
 
 
+def subsections(command: click.Command, name: str, root: click.Context) -> list[str]:
+    """Those of the commands below a group."""
+    if not isinstance(command, click.Group):
+        return []
+    context = click.Context(command, info_name=name, parent=root)
+    pairs = command.commands.items()
+    return [section(f"kttools {name} {below}", sub, below, context) for below, sub in pairs]
+
+
 def page() -> str:
     """The whole page; the same on every machine, because the width of the terminal is fixed."""
     group = build_group()
@@ -52,6 +61,7 @@ def page() -> str:
         command = group.get_command(root, name)
         if command is not None and not command.hidden:
             sections.append(section(f"kttools {name}", command, name, root))
+            sections.extend(subsections(command, name, root))
     return INTRODUCTION + "\n" + "\n".join(sections)
 
 
