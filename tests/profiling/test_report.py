@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kttools.profiling.report import Facts, heat, render, svg, write_report
+from kttools.profiling.report import Facts, heat, pictures, render, svg, write_report
 from kttools.profiling.report.facts import family, jensen_shannon
 from kttools.profiling.report.verdict import tiles, verdict
 from kttools_runtime.errors import InvalidInputError
@@ -326,3 +326,16 @@ def test_a_directory_without_a_profile(tmp_path: Path) -> None:
     pytest.importorskip("kttools.profiling.profile_file")
     with pytest.raises(InvalidInputError, match="no such file; run"):
         write_report(tmp_path)
+
+
+def test_pictures_where_matplotlib_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    assert pictures.write_pictures(make_facts(), tmp_path) == []
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: report)")
+    written = pictures.write_pictures(make_facts(), tmp_path)
+    assert {path.name for path in written} == {"pareto.png", "k-per-layer.png", "load.png", "similarity.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    # A profile alone has no policies to draw.
+    alone = pictures.write_pictures(Facts(make_profile()), tmp_path)
+    assert {path.name for path in alone} == {"load.png", "similarity.png"}

@@ -104,6 +104,7 @@ def _similarity(facts: Facts, figure: Any) -> bool:
     axes.set_yticks(range(len(mean)), facts.domains)
     for i, j in np.ndindex(*mean.shape):
         if i != j:
-            axes.text(j, i, f"{mean[i, j]:.3f}", ha="center", va="center", fontsize=8)
+            ink = "white" if mean[i, j] > mean.max() / 2 else "black"
+            axes.text(j, i, f"{mean[i, j]:.3f}", ha="center", va="center", fontsize=8, color=ink)
     figure.colorbar(shown)
     return True
