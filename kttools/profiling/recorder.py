@@ -50,6 +50,13 @@ class RecordingExperts:
         self.observation = Observation(expert_ids, expert_weights, gram)
         return routed
 
+    def take(self) -> Observation:
+        """The last call's observation, handed over."""
+        seen, self.observation = self.observation, None
+        if seen is None:
+            raise AssertionError("the layer has not run since the last take()")
+        return seen
+
     def _parts(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """y_r of every token, [T, K, hidden_size]."""
         num_tokens, k = expert_ids.shape

@@ -104,8 +104,8 @@ class Model:
         """What an expert table for this model carries (see expert_table.model_fingerprint)."""
         from .expert_table import model_fingerprint
 
-        layers = self.moe_layers
-        return model_fingerprint(self.config, {i: (m.router.weight, m.router.bias) for i, m in layers.items()})
+        routers = {index: layer.router for index, layer in self.moe_layers.items()}
+        return model_fingerprint(self.config, {i: (r.weight, r.bias) for i, r in routers.items()})
 
     def use_table(self, table: "str | Path | ExpertTable | None") -> None:
         """Apply an expert table (a file, or one already read) from now on; None: the native router.

@@ -1,0 +1,76 @@
+"""What a layer's error does to the output: forks with one layer reduced, carried to the end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kttools_runtime.expert_policy import LayerPolicy
+
+from .layerwise import LayerRunner, Policies, Window
+from .measure import compare_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """One layer. d: mean KL of the fork; noise: of the null fork; s = (d - noise) / epsilon."""
+
+    d: float
+    standard_error: float
+    noise: float
+    epsilon: float
+
+    @property
+    def s(self) -> float:
+        return max(self.d - self.noise, 1e-12) / max(self.epsilon, 1e-30)
+
+
+def fork_kl(
+    runner: LayerRunner, chosen: Sequence[Window], forks: dict[int, list[LayerPolicy | None]]
+) -> dict[int, Tensor]:
+    """Mean KL of the full model against each fork, by window: {layer: float64 [forks, windows]}.
+
+    A fork runs its layer under one policy and everything after it natively, from the same hidden state.
+    """
+    result = {layer: torch.zeros(len(p), len(chosen), dtype=torch.float64) for layer, p in forks.items()}
+    for column, window in enumerate(chosen):
+        for (layer, row), kl in _window_kl(runner, window, forks).items():
+            result[layer][row, column] = kl
+    return result
+
+
+def _window_kl(
+    runner: LayerRunner, window: Window, forks: dict[int, list[LayerPolicy | None]]
+) -> dict[tuple[int, int], float]:
+    """Layer by layer: a fork is split off before its layer, all of them go on together."""
+    base = runner.embed(window.token_ids)
+    live: dict[tuple[int, int], Tensor] = {}
+    for index in range(runner.num_layers):
+        for hidden in live.values():
+            runner.run(index, hidden)
+        for row, policy in enumerate(forks.get(index, [])):
+            live[index, row] = base.clone()
+            runner.run(index, live[index, row], policy)
+        runner.run(index, base)
+    return {
+        key: float(compare_tokens(runner, base, hidden, window.token_ids).kl.mean(dtype=torch.float64))
+        for key, hidden in live.items()
+    }
+
+
+def sensitivities(
+    runner: LayerRunner, chosen: Sequence[Window], reduced: Policies, epsilon: dict[int, float]
+) -> dict[int, Sensitivity]:
+    """By MoE layer. reduced: the policy of each layer's fork; epsilon: its squared error per token."""
+    native = runner.config.num_experts_per_tok
+    null = LayerPolicy(kind="uniform", k=native, order="weight")
+    found = fork_kl(runner, chosen, {layer: [policy, null] for layer, policy in reduced.items()})
+    weights = torch.tensor([len(w.token_ids) - 1.0 for w in chosen], dtype=torch.float64)
+    share = weights / weights.sum()
+    result = {}
+    for layer, kl in found.items():
+        mean = kl @ share
+        error = ((kl[0] - mean[0]).square() * share.square()).sum().sqrt()
+        result[layer] = Sensitivity(float(mean[0]), float(error), float(mean[1]), epsilon[layer])
+    return result
