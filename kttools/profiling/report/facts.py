@@ -111,7 +111,8 @@ class Facts:
 
     def _lru_sizes(self, stats: dict[str, Array]) -> list[int]:
         header = self.profile.header
-        sizes = header.get("lru_sizes", header.get("statistics", {}).get("lru_sizes"))
+        places = (header, header.get("statistics", {}), header["router"])
+        sizes = next((place["lru_sizes"] for place in places if "lru_sizes" in place), None)
         return [int(n) for n in (stats["lru_sizes"] if sizes is None else sizes)]
 
     @cached_property
