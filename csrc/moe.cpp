@@ -193,6 +193,10 @@ void ExpertLayer::forward(const Input& x, const Routing& routing, float* out) {
 void ExpertLayer::forward_chunk(const Input& x, const Routing& routing, float* out) {
   Engine& engine = *engine_;
   Plan plan = make_plan(x, routing);
+  if (plan.segments.empty()) {  // no token has an expert
+    std::memset(out, 0, sizeof(float) * static_cast<size_t>(x.rows) * hidden_size_);
+    return;
+  }
   const int workers = engine.workers_for(plan.weight_bytes, plan.largest_segment);
   reserve_stage(engine.stage, plan.needs, x.rows, hidden_size_);
   engine.tiles.reserve(plan.input_bytes);

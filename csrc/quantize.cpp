@@ -1,5 +1,6 @@
 #include "quantize.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -70,10 +71,11 @@ struct Range {
   float high;
 };
 
-// The [low, high] grid of 16 points with the least squared error, by shrinking the group's own range.
+// The [low, high] grid of 16 points with the least squared error, by shrinking the group's own range. The range reaches
+// down (or up) to zero: z cannot be negative.
 Range best_range(const float* w, int n) {
-  float low = w[0], high = w[0];
-  for (int i = 1; i < n; ++i) {
+  float low = 0.0f, high = 0.0f;
+  for (int i = 0; i < n; ++i) {
     low = std::fmin(low, w[i]);
     high = std::fmax(high, w[i]);
   }
@@ -124,6 +126,15 @@ GroupCode best_group_code(const float* w, int n, Range range, float row_scale) {
     if (7.5f * static_cast<float>(ideal_s) - center > 128.0f) best.z = 128;
   }
   return best;
+}
+
+// Scales the row by a power of two (exactly) so that its largest magnitude lies in [0.5, 1): squared errors then neither
+// overflow nor vanish. Returns the exponent to put back.
+int normalise_row(float* w, int k) {
+  int exponent = 0;
+  std::frexp(largest_magnitude(w, k), &exponent);
+  for (int i = 0; i < k; ++i) w[i] = std::ldexp(w[i], -exponent);
+  return exponent;
 }
 
 // One row of int4: codes[padded] one per byte, then s and z per group.
@@ -232,25 +243,28 @@ void pack_matrix(const StripShape& shape, const MatrixView& w, uint8_t* strips, 
   }
 }
 
-float strip_weight(const StripShape& shape, const uint8_t* strip, const float* scales, int k, int col) {
-  if (shape.info->format == Format::kBf16) {
-    uint16_t bits;
-    std::memcpy(&bits, strip + static_cast<size_t>(k / 32) * kStripStepBytes + (col / 16) * kTileBytes +
-                           (k % 32 / 2) * 64 + (col % 16) * 4 + (k % 2) * 2, 2);
-    return bf16_to_float(bits);
-  }
-  return scales[col] * static_cast<float>(static_cast<int8_t>(strip[int8_offset(k, col)]));
-}
-
 void unpack_strip_row(const StripShape& shape, const uint8_t* strip, const float* scales, int col, float* out) {
+  if (shape.info->format == Format::kBf16) {
+    const uint8_t* base = strip + (col / 16) * kTileBytes + (col % 16) * 4;
+    for (int k = 0; k < shape.k; ++k) {
+      uint16_t bits;
+      std::memcpy(&bits, base + static_cast<size_t>(k / 32) * kStripStepBytes + (k % 32 / 2) * 64 + (k % 2) * 2, 2);
+      out[k] = bf16_to_float(bits);
+    }
+    return;
+  }
+  const float scale = scales[col];
   if (shape.info->k_group == 0) {
-    for (int k = 0; k < shape.k; ++k) out[k] = strip_weight(shape, strip, scales, k, col);
+    const uint8_t* base = strip + int8_offset(0, col);
+    for (int k = 0; k < shape.k; ++k) {
+      out[k] = scale * static_cast<float>(static_cast<int8_t>(base[static_cast<size_t>(k / 64) * kStripStepBytes + (k % 64 / 4) * 64 + k % 4]));
+    }
     return;
   }
   visit_int4(*shape.info, shape.k_padded(), col, [&](int k, size_t at, bool high, size_t header) {
     if (k >= shape.k) return;
     const int code = high ? strip[at] >> 4 : strip[at] & 15;
-    out[k] = scales[col] * static_cast<float>(strip[header + col] * code - strip[header + kStripCols + col]);
+    out[k] = scale * static_cast<float>(strip[header + col] * code - strip[header + kStripCols + col]);
   });
 }
 
@@ -285,7 +299,11 @@ void quantize_int4(const MatrixView& w, int group, uint8_t* q, uint8_t* s, uint8
     w.row(r, row.data());
     check_finite(row.data(), w.cols, r);
     const size_t groups = static_cast<size_t>(padded / group);
+    const bool is_tiny = largest_magnitude(row.data(), w.cols) < kTiny;
+    const int exponent = is_tiny ? 0 : normalise_row(row.data(), w.cols);
+    if (is_tiny) std::fill(row.begin(), row.end(), 0.0f);
     quantize_row_int4(row.data(), w.cols, padded, group, codes.data(), s + r * groups, z + r * groups, row_scale + r);
+    row_scale[r] = std::ldexp(row_scale[r], exponent);
     uint8_t* out = q + static_cast<size_t>(r) * padded / 2;
     for (int i = 0; i < padded / 2; ++i) out[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
   }
