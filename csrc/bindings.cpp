@@ -31,17 +31,21 @@ bool is_dtype(const py::array& array) {
 }
 
 void check_contiguous(const py::array& array, const char* name, int ndim) {
-  if (array.ndim() != ndim) fail(std::string(name) + " must have " + std::to_string(ndim) + " dimensions, got " + shape_text(array));
+  if (array.ndim() != ndim)
+    fail(std::string(name) + " must have " + std::to_string(ndim) + " dimensions, got " + shape_text(array));
   if (!(array.flags() & py::array::c_style)) fail(std::string(name) + " must be C-contiguous");
 }
 
 template <typename T>
 const T* read(const py::array& array, const char* name, std::vector<py::ssize_t> shape) {
-  if (!is_dtype<T>(array)) fail(std::string(name) + " must be " + std::string(py::str(py::dtype::of<T>())) + ", got " + std::string(py::str(array.dtype())));
+  if (!is_dtype<T>(array))
+    fail(std::string(name) + " must be " + std::string(py::str(py::dtype::of<T>())) + ", got " +
+         std::string(py::str(array.dtype())));
   check_contiguous(array, name, static_cast<int>(shape.size()));
   for (size_t i = 0; i < shape.size(); ++i) {
     if (array.shape(static_cast<py::ssize_t>(i)) != shape[i]) {
-      fail(std::string(name) + " has shape " + shape_text(array) + ", expected " + std::to_string(shape[i]) + " in dimension " + std::to_string(i));
+      fail(std::string(name) + " has shape " + shape_text(array) + ", expected " + std::to_string(shape[i]) +
+           " in dimension " + std::to_string(i));
     }
   }
   return static_cast<const T*>(array.data());
@@ -81,13 +85,12 @@ Input input(const py::array& x, int cols) {
 }
 
 int checked_group(int group) {
-  if (group != 32 && group != 64 && group != 128) fail("group_size must be 32, 64 or 128, got " + std::to_string(group));
+  if (group != 32 && group != 64 && group != 128)
+    fail("group_size must be 32, 64 or 128, got " + std::to_string(group));
   return group;
 }
 
-Format int4_format(int group) {
-  return format_by_name("int4_g" + std::to_string(checked_group(group))).format;
-}
+Format int4_format(int group) { return format_by_name("int4_g" + std::to_string(checked_group(group))).format; }
 
 py::dict features() {
   py::dict result;
@@ -123,7 +126,8 @@ void pack_expert_py(const std::string& format, const py::array& gate, const py::
                     py::array out) {
   const MatrixView g = matrix(gate, "gate"), u = matrix(up, "up"), d = matrix(down, "down");
   if (u.rows != g.rows || u.cols != g.cols) fail("up has shape " + shape_text(up) + ", gate has " + shape_text(gate));
-  if (d.rows != g.cols || d.cols != g.rows) fail("down has shape " + shape_text(down) + ", gate has " + shape_text(gate));
+  if (d.rows != g.cols || d.cols != g.rows)
+    fail("down has shape " + shape_text(down) + ", gate has " + shape_text(gate));
   const Format id = format_by_name(format).format;
   const auto bytes = static_cast<py::ssize_t>(ExpertShape(id, g.cols, g.rows).blob_bytes());
   uint8_t* blob = write<uint8_t>(out, "out", {bytes});
@@ -131,7 +135,8 @@ void pack_expert_py(const std::string& format, const py::array& gate, const py::
   pack_expert(id, g, u, d, blob);
 }
 
-py::tuple unpack_expert_py(const std::string& format, const py::array& blob, int hidden_size, int moe_intermediate_size) {
+py::tuple unpack_expert_py(const std::string& format, const py::array& blob, int hidden_size,
+                           int moe_intermediate_size) {
   const Format id = format_by_name(format).format;
   const ExpertShape shape(id, hidden_size, moe_intermediate_size);
   const uint8_t* data = read<uint8_t>(blob, "blob", {static_cast<py::ssize_t>(shape.blob_bytes())});
@@ -177,7 +182,8 @@ struct Int4View {
   const float* scale;
 };
 
-Int4View int4_view(const py::array& q, const py::array& s, const py::array& z, const py::array& row_scale, int k, int group) {
+Int4View int4_view(const py::array& q, const py::array& s, const py::array& z, const py::array& row_scale, int k,
+                   int group) {
   const py::ssize_t groups = (checked_int(k, "K") + checked_group(group) - 1) / group;
   if (q.ndim() != 2) fail("q must have 2 dimensions, got " + shape_text(q));
   const py::ssize_t n = checked_int(q.shape(0), "N");
@@ -193,8 +199,8 @@ Int4View int4_view(const py::array& q, const py::array& s, const py::array& z, c
   return {{codes, scales, zeros, static_cast<int>(n), k}, read<float>(row_scale, "row_scale", {n})};
 }
 
-py::array_t<float> dequantize_int4_py(const py::array& q, const py::array& s, const py::array& z, const py::array& row_scale,
-                                      int k, int group_size) {
+py::array_t<float> dequantize_int4_py(const py::array& q, const py::array& s, const py::array& z,
+                                      const py::array& row_scale, int k, int group_size) {
   const Int4View view = int4_view(q, s, z, row_scale, k, group_size);
   const size_t groups = static_cast<size_t>((k + group_size - 1) / group_size);
   py::array_t<float> w({view.codes.n, k});
@@ -214,16 +220,17 @@ py::array_t<float> dequantize_int4_py(const py::array& q, const py::array& s, co
 
 std::unique_ptr<PackedLinear> linear_from_bf16(std::shared_ptr<Engine> engine, const py::array& w) {
   if (w.ndim() != 2) fail("w must have 2 dimensions, got " + shape_text(w));
-  const CodeView codes = {read<uint16_t>(w, "w", {w.shape(0), w.shape(1)}), nullptr, nullptr, checked_int(w.shape(0), "N"),
-                          checked_int(w.shape(1), "K")};
+  const CodeView codes = {read<uint16_t>(w, "w", {w.shape(0), w.shape(1)}), nullptr, nullptr,
+                          checked_int(w.shape(0), "N"), checked_int(w.shape(1), "K")};
   py::gil_scoped_release release;
   return std::make_unique<PackedLinear>(std::move(engine), Format::kBf16, codes, nullptr);
 }
 
-std::unique_ptr<PackedLinear> linear_from_int8(std::shared_ptr<Engine> engine, const py::array& q, const py::array& row_scale) {
+std::unique_ptr<PackedLinear> linear_from_int8(std::shared_ptr<Engine> engine, const py::array& q,
+                                               const py::array& row_scale) {
   if (q.ndim() != 2) fail("q must have 2 dimensions, got " + shape_text(q));
-  const CodeView codes = {read<int8_t>(q, "q", {q.shape(0), q.shape(1)}), nullptr, nullptr, checked_int(q.shape(0), "N"),
-                          checked_int(q.shape(1), "K")};
+  const CodeView codes = {read<int8_t>(q, "q", {q.shape(0), q.shape(1)}), nullptr, nullptr,
+                          checked_int(q.shape(0), "N"), checked_int(q.shape(1), "K")};
   const float* scale = read<float>(row_scale, "row_scale", {q.shape(0)});
   py::gil_scoped_release release;
   return std::make_unique<PackedLinear>(std::move(engine), Format::kInt8, codes, scale);
@@ -264,7 +271,8 @@ std::unique_ptr<LayerOverBlobs> make_layer(std::shared_ptr<Engine> engine, int h
   return std::unique_ptr<LayerOverBlobs>(new LayerOverBlobs{std::move(blobs), std::move(layer)});
 }
 
-void layer_forward(LayerOverBlobs& self, const py::array& x, const py::array& ids, const py::array& weights, py::array out) {
+void layer_forward(LayerOverBlobs& self, const py::array& x, const py::array& ids, const py::array& weights,
+                   py::array out) {
   ExpertLayer& layer = self.layer;
   const Input rows = input(x, layer.hidden_size());
   if (ids.ndim() != 2) fail("expert_ids must have 2 dimensions, got " + shape_text(ids));
@@ -308,7 +316,8 @@ PYBIND11_MODULE(_kernels, m) {
   for (const FormatInfo& info : formats()) format_ids[info.name] = static_cast<uint32_t>(info.format);
   m.attr("FORMATS") = format_ids;
   m.def("expert_bytes", &expert_bytes, py::arg("format"), py::arg("hidden_size"), py::arg("moe_intermediate_size"));
-  m.def("pack_expert", &pack_expert_py, py::arg("format"), py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("out"));
+  m.def("pack_expert", &pack_expert_py, py::arg("format"), py::arg("gate"), py::arg("up"), py::arg("down"),
+        py::arg("out"));
   m.def("unpack_expert", &unpack_expert_py, py::arg("format"), py::arg("blob"), py::arg("hidden_size"),
         py::arg("moe_intermediate_size"));
   m.def("quantize_int8", &quantize_int8_py, py::arg("w"));

@@ -63,7 +63,8 @@ double read_once(Engine& engine, const uint8_t* memory, size_t bytes, const Read
   const auto start = Clock::now();
   engine.pool().run(engine.threads(), [&](int worker) {
     uint64_t sum = 0;
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) sum += way.read(memory + i * chunk, chunk);
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
+      sum += way.read(memory + i * chunk, chunk);
     sums[static_cast<size_t>(worker)] = sum;
   });
   const double elapsed = seconds_since(start);
@@ -77,7 +78,8 @@ class Mapping {
  public:
   explicit Mapping(size_t bytes) : bytes_(bytes) {
     data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data_ == MAP_FAILED) throw std::runtime_error("cannot map " + std::to_string(bytes) + " bytes to measure bandwidth");
+    if (data_ == MAP_FAILED)
+      throw std::runtime_error("cannot map " + std::to_string(bytes) + " bytes to measure bandwidth");
     madvise(data_, bytes, MADV_HUGEPAGE);  // a request: without it the pages are small and the reads a little slower
   }
   ~Mapping() { munmap(data_, bytes_); }

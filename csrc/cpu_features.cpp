@@ -12,10 +12,18 @@ namespace kt {
 
 const std::vector<FeatureName>& feature_names() {
   static const std::vector<FeatureName> names = {
-      {kAvx2, "avx2"},         {kFma, "fma"},           {kF16c, "f16c"},
-      {kAvx512f, "avx512f"},   {kAvx512bw, "avx512bw"}, {kAvx512dq, "avx512dq"},
-      {kAvx512vl, "avx512vl"}, {kAvx512vnni, "avx512_vnni"}, {kAvx512bf16, "avx512_bf16"},
-      {kAmxTile, "amx_tile"},  {kAmxInt8, "amx_int8"},  {kAmxBf16, "amx_bf16"},
+      {kAvx2, "avx2"},
+      {kFma, "fma"},
+      {kF16c, "f16c"},
+      {kAvx512f, "avx512f"},
+      {kAvx512bw, "avx512bw"},
+      {kAvx512dq, "avx512dq"},
+      {kAvx512vl, "avx512vl"},
+      {kAvx512vnni, "avx512_vnni"},
+      {kAvx512bf16, "avx512_bf16"},
+      {kAmxTile, "amx_tile"},
+      {kAmxInt8, "amx_int8"},
+      {kAmxBf16, "amx_bf16"},
       {kAmxPermission, "amx_permission"},
   };
   return names;
@@ -25,9 +33,9 @@ namespace {
 
 #if defined(__x86_64__)
 
-constexpr uint64_t kXcr0Avx = 0x6;          // SSE and AVX state
-constexpr uint64_t kXcr0Avx512 = 0xe0;      // opmask, ZMM_Hi256, Hi16_ZMM
-constexpr uint64_t kXcr0Amx = 0x60000;      // TILECFG and TILEDATA
+constexpr uint64_t kXcr0Avx = 0x6;      // SSE and AVX state
+constexpr uint64_t kXcr0Avx512 = 0xe0;  // opmask, ZMM_Hi256, Hi16_ZMM
+constexpr uint64_t kXcr0Amx = 0x60000;  // TILECFG and TILEDATA
 
 uint64_t read_xcr0() {
   uint32_t low, high;

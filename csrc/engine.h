@@ -25,11 +25,11 @@ class UnitCounter {
 
 // Rows of activations in the forms the kernels want, one entry per token.
 struct RowStage {
-  Buffer int8;    // [rows][int8_stride]
-  Buffer scale;   // [rows] float
-  Buffer sum;     // [rows] int32
-  Buffer bf16;    // [rows][wide_stride] uint16
-  Buffer f32;     // [rows][wide_stride] float
+  Buffer int8;   // [rows][int8_stride]
+  Buffer scale;  // [rows] float
+  Buffer sum;    // [rows] int32
+  Buffer bf16;   // [rows][wide_stride] uint16
+  Buffer f32;    // [rows][wide_stride] float
 };
 
 class Engine {

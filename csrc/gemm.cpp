@@ -37,8 +37,9 @@ void run_tiles(const KernelTable& kernels, Arithmetic arithmetic, const TileArgs
 
 void vector_strip(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int strip,
                   const Activations& a, void* c) {
-  VecArgs args = {a.data, a.row_stride, a.sum, a.rows, weights.strip(strip), weights.shape.k_steps(),
-                  weights.shape.info->k_group, c, false};
+  VecArgs args = {
+      a.data, a.row_stride, a.sum, a.rows, weights.strip(strip), weights.shape.k_steps(), weights.shape.info->k_group,
+      c,      false};
   if (arithmetic == Arithmetic::kFloat) {
     kernels.vec_bf16(args);
   } else if (is_int4(weights)) {
@@ -119,7 +120,8 @@ void finish_rows(const StripSink& sink, int begin, int end, int rows, size_t c_b
   for (int row = 0; row < rows; row += kRows) {
     EpilogueArgs at_row = sink.args;
     at_row.rows = std::min(kRows, rows - row);
-    if (sink.prefetch && row + kRows < rows) sink.prefetch(sink, row + kRows, std::min(kRows, rows - row - kRows), begin, end);
+    if (sink.prefetch && row + kRows < rows)
+      sink.prefetch(sink, row + kRows, std::min(kRows, rows - row - kRows), begin, end);
     if (at_row.scale_a) at_row.scale_a += row;
     if (at_row.weight) at_row.weight += row;
     if (at_row.h) at_row.h += row * at_row.h_stride;

@@ -26,7 +26,9 @@ class Buffer {
   // Content is undefined after growth. Throws std::bad_alloc.
   void reserve(size_t bytes);
   template <typename T>
-  T* as() const { return static_cast<T*>(data_); }
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
   uint8_t* bytes() const { return as<uint8_t>(); }
 
  private:
@@ -36,9 +38,9 @@ class Buffer {
 
 // How activations are multiplied with weights of a format.
 enum class Arithmetic {
-  kInt8,    // int8 x int8 (or int4) -> int32
-  kBf16,    // bf16 x bf16 -> float: tiles only
-  kFloat,   // float x bf16 -> float: vector kernels only
+  kInt8,   // int8 x int8 (or int4) -> int32
+  kBf16,   // bf16 x bf16 -> float: tiles only
+  kFloat,  // float x bf16 -> float: vector kernels only
 };
 
 // How `rows` rows are cut into tiles of equal height (an even number of tiles above 16 rows, so that every pair shares
@@ -61,7 +63,7 @@ struct Tiling {
 // The rows of one GEMM: row-major and zero-padded to whole k-steps, or cut into tiles.
 struct Activations {
   const uint8_t* data;
-  size_t row_stride;   // bytes; row-major only
+  size_t row_stride;  // bytes; row-major only
   int rows;
   const int32_t* sum;  // kInt8, row-major only: per row
   bool tiled;

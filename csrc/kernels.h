@@ -10,11 +10,11 @@
 
 namespace kt {
 
-constexpr int kStripCols = 32;        // two 16-column AMX tiles
-constexpr int kTileCols = 16;         // 16 columns x 4 bytes = the 64-byte row of an AMX B tile
-constexpr int kTileRows = 16;         // most rows of an AMX tile
-constexpr int kStepBytes = 64;        // one k-step of one activation row: 64 int8 or 32 bf16
-constexpr int kTileBytes = 1024;      // 16 rows x 64 bytes
+constexpr int kStripCols = 32;    // two 16-column AMX tiles
+constexpr int kTileCols = 16;     // 16 columns x 4 bytes = the 64-byte row of an AMX B tile
+constexpr int kTileRows = 16;     // most rows of an AMX tile
+constexpr int kStepBytes = 64;    // one k-step of one activation row: 64 int8 or 32 bf16
+constexpr int kTileBytes = 1024;  // 16 rows x 64 bytes
 constexpr int kStripStepBytes = 2 * kTileBytes;
 constexpr int kPeakOperandBytes = 16 << 10;  // of a peak kernel: a third of the smallest L1 with AMX
 constexpr int kPeakResultBytes = 4 << 10;
@@ -36,9 +36,9 @@ struct VecArgs {
   int rows;
   const uint8_t* b;  // the strip, from the first k-step wanted
   int k_steps;
-  int k_group;       // int4: input features per group
-  void* c;           // [rows][32] int32 or float
-  bool accumulate;   // add to c instead of overwriting it
+  int k_group;      // int4: input features per group
+  void* c;          // [rows][32] int32 or float
+  bool accumulate;  // add to c instead of overwriting it
 };
 
 // Activations as tiles of equal height: tile i starts at a + i * a_tile_stride and holds k_steps x [tile_rows][64] bytes.
@@ -49,9 +49,9 @@ struct TileArgs {
   int tile_rows;
   const uint8_t* b;
   int k_steps;
-  void* c;           // [tiles * tile_rows][32] int32 or float
+  void* c;  // [tiles * tile_rows][32] int32 or float
   bool accumulate;
-  bool from_memory;           // b is not in L2 yet, but for its first prefetched_steps k-steps
+  bool from_memory;  // b is not in L2 yet, but for its first prefetched_steps k-steps
   int prefetched_steps;
   const uint8_t* prefetch_b;  // memory wanted next (the start of the following strip), touched evenly; may be null
   size_t prefetch_b_bytes;
@@ -61,24 +61,24 @@ struct TileArgs {
 
 // What happens to a finished C block. scale_a: per row, scale_b: per column of the strip; both null for float C.
 struct EpilogueArgs {
-  const void* c;         // [rows][32]
+  const void* c;  // [rows][32]
   int rows;
   const float* scale_a;
   const float* scale_b;
   // silu_mul: h[r][0..15] = silu(gate) * up
   float* h;
-  size_t h_stride;       // floats
+  size_t h_stride;  // floats
   // add_weighted: y[token[r]][0..cols) += weight[r] * value;  store: out[r][0..cols) = value
   const int32_t* token;
   const float* weight;
-  void* out;             // already at the strip's first column
-  size_t out_stride;     // elements
-  int cols;              // valid columns of this strip, 1..32
+  void* out;          // already at the strip's first column
+  size_t out_stride;  // elements
+  int cols;           // valid columns of this strip, 1..32
 };
 
 struct KernelTable {
   const char* name;
-  uint64_t required;     // bits of Feature, from the compiler's own macros in that file
+  uint64_t required;  // bits of Feature, from the compiler's own macros in that file
 
   // Symmetric int8 of one row: q = round(x * 127 / max|x|), zero-padded to `padded`; a row that holds NaN or inf gets scale NaN.
   void (*quantize_f32)(const float* x, size_t n, size_t padded, int8_t* q, float* scale, int32_t* sum);
@@ -94,7 +94,7 @@ struct KernelTable {
   void (*tile_release)();
   void (*tile_s8)(const TileArgs&);
   void (*tile_bf16)(const TileArgs&);
-  int tile_min_rows;                 // fewer rows than this go to the vec kernels
+  int tile_min_rows;  // fewer rows than this go to the vec kernels
 
   // Expands k_steps k-steps of an int4 strip into the int8 strip layout.
   void (*unpack_s4)(const uint8_t* strip, int k_steps, int k_group, uint8_t* out);
@@ -103,7 +103,7 @@ struct KernelTable {
   void (*silu_mul_f32)(const EpilogueArgs&);
   void (*add_weighted_s32)(const EpilogueArgs&);
   void (*add_weighted_f32)(const EpilogueArgs&);
-  void (*store_f32_s32)(const EpilogueArgs&);   // out float
+  void (*store_f32_s32)(const EpilogueArgs&);  // out float
   void (*store_f32_f32)(const EpilogueArgs&);
   void (*store_bf16_s32)(const EpilogueArgs&);  // out bf16
   void (*store_bf16_f32)(const EpilogueArgs&);

@@ -18,8 +18,10 @@ int checked_size(const char* what, int size) {
 
 const std::vector<FormatInfo>& formats() {
   static const std::vector<FormatInfo> table = {
-      {Format::kBf16, "bf16", 32, 0},          {Format::kInt8, "int8", 64, 0},
-      {Format::kInt4G32, "int4_g32", 64, 32},  {Format::kInt4G64, "int4_g64", 64, 64},
+      {Format::kBf16, "bf16", 32, 0},
+      {Format::kInt8, "int8", 64, 0},
+      {Format::kInt4G32, "int4_g32", 64, 32},
+      {Format::kInt4G64, "int4_g64", 64, 64},
       {Format::kInt4G128, "int4_g128", 64, 128},
   };
   return table;

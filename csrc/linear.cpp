@@ -57,7 +57,8 @@ void PackedLinear::forward(const Input& x, void* out, bool out_is_bf16) {
   for (int piece = 0; piece < pieces; ++piece) {
     const int begin = static_cast<int>(static_cast<int64_t>(x.rows) * piece / pieces);
     const int end = static_cast<int>(static_cast<int64_t>(x.rows) * (piece + 1) / pieces);
-    forward_rows({x.row(begin), x.is_bf16, end - begin, x.cols}, static_cast<uint8_t*>(out) + begin * row_bytes, out_is_bf16);
+    forward_rows({x.row(begin), x.is_bf16, end - begin, x.cols}, static_cast<uint8_t*>(out) + begin * row_bytes,
+                 out_is_bf16);
   }
 }
 
@@ -83,7 +84,11 @@ void PackedLinear::forward_rows(const Input& x, uint8_t* out, bool out_is_bf16) 
   sink.args.out_stride = static_cast<size_t>(shape.n);
   sink.args.cols = shape.n;
   const Activations a = {tiled ? engine.tiles.bytes() : staged_row(engine.stage, arithmetic, x.cols, 0),
-                         stage_stride(arithmetic, x.cols), x.rows, engine.stage.sum.as<int32_t>(), tiled, tiling};
+                         stage_stride(arithmetic, x.cols),
+                         x.rows,
+                         engine.stage.sum.as<int32_t>(),
+                         tiled,
+                         tiling};
   UnitCounter rows, units;
   Barrier barrier(workers);
   engine.pool().run(workers, [&](int worker) {

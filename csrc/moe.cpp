@@ -8,7 +8,7 @@
 namespace kt {
 namespace {
 
-constexpr int kMaxTokens = 4096;      // tokens per pass: bounds scratch, and gives an expert of 64 about 512 rows at top-8
+constexpr int kMaxTokens = 4096;  // tokens per pass: bounds scratch, and gives an expert of 64 about 512 rows at top-8
 constexpr int kMaxSegmentRows = 512;  // rows of one expert computed together (csrc/README.md, "Blocking")
 constexpr int kGroupRows = 512;       // rows between two barriers
 
@@ -27,7 +27,8 @@ void finish_down(const StripSink& sink, const EpilogueArgs& rows, int strip, Epi
 
 // The output rows about to be added to: long since out of the caches when many tokens go by.
 void prefetch_down(const StripSink& sink, int first_row, int rows, int begin, int end) {
-  const size_t bytes = static_cast<size_t>(std::min(end * kStripCols, sink.args.cols) - begin * kStripCols) * sizeof(float);
+  const size_t bytes =
+      static_cast<size_t>(std::min(end * kStripCols, sink.args.cols) - begin * kStripCols) * sizeof(float);
   for (int r = first_row; r < first_row + rows; ++r) {
     const char* at = reinterpret_cast<const char*>(static_cast<const float*>(sink.args.out) +
                                                    sink.args.token[r] * sink.args.out_stride + begin * kStripCols);
@@ -44,7 +45,7 @@ struct ExpertLayer::Segment {
   int rows;
   Arithmetic arithmetic;
   bool tiled;
-  bool gathered;         // rows were copied together; else they are read in place from the stage
+  bool gathered;  // rows were copied together; else they are read in place from the stage
   Tiling gate_up_tiling;
   Tiling down_tiling;
   size_t input_offset;   // of this segment in the engine's tiles buffer
@@ -54,7 +55,7 @@ struct ExpertLayer::Segment {
 struct ExpertLayer::Plan {
   std::vector<int32_t> token;  // per plan row
   std::vector<float> weight;
-  std::vector<float> scale;    // of the staged int8 row; filled once rows are staged
+  std::vector<float> scale;  // of the staged int8 row; filled once rows are staged
   std::vector<int32_t> sum;
   std::vector<float> hidden_scale;
   std::vector<int32_t> hidden_sum;
@@ -63,7 +64,7 @@ struct ExpertLayer::Plan {
   std::vector<int> group_ends;  // indices into segments
   std::vector<uint8_t> token_used;
   StageNeeds needs;
-  size_t input_bytes = 0;   // largest group
+  size_t input_bytes = 0;  // largest group
   size_t hidden_bytes = 0;
   int hidden_rows = 0;
   int largest_segment = 0;
@@ -84,7 +85,8 @@ ExpertLayer::ExpertLayer(std::shared_ptr<Engine> engine, int hidden_size, int mo
   if (experts.empty()) throw std::invalid_argument("an expert layer needs at least one expert");
   for (const ExpertBlob& blob : experts) {
     const ExpertShape shape(blob.format, hidden_size, moe_intermediate_size);
-    if (reinterpret_cast<uintptr_t>(blob.data) % 64 != 0) throw std::invalid_argument("expert blobs must be 64-byte aligned");
+    if (reinterpret_cast<uintptr_t>(blob.data) % 64 != 0)
+      throw std::invalid_argument("expert blobs must be 64-byte aligned");
     const auto scales = [&](const StripShape& strips, size_t offset) {
       return strips.has_scales() ? reinterpret_cast<const float*>(blob.data + offset) : nullptr;
     };
@@ -97,7 +99,8 @@ void ExpertLayer::check_ids(const Routing& routing, int tokens) const {
   for (int64_t i = 0; i < static_cast<int64_t>(tokens) * routing.k; ++i) {
     if (routing.ids[i] < -1 || routing.ids[i] >= num_experts()) {
       throw std::invalid_argument("expert id " + std::to_string(routing.ids[i]) + " of token " +
-                                  std::to_string(i / routing.k) + " is not in [-1, " + std::to_string(num_experts()) + ")");
+                                  std::to_string(i / routing.k) + " is not in [-1, " + std::to_string(num_experts()) +
+                                  ")");
     }
   }
 }
@@ -273,8 +276,12 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
     const Segment& s = plan.segments[first + u / units_per_segment];
     const int begin = u % units_per_segment * gate_up_unit, end = std::min(begin + gate_up_unit, gate_up_strips);
     const Weights& weights = experts_[s.expert].gate_up;
-    Activations a = {engine.tiles.bytes() + s.input_offset, stage_stride(s.arithmetic, hidden_size_), s.rows,
-                     plan.sum.data() + s.row, s.tiled, s.gate_up_tiling};
+    Activations a = {engine.tiles.bytes() + s.input_offset,
+                     stage_stride(s.arithmetic, hidden_size_),
+                     s.rows,
+                     plan.sum.data() + s.row,
+                     s.tiled,
+                     s.gate_up_tiling};
     if (!s.gathered) {
       a.data = staged_row(engine.stage, s.arithmetic, hidden_size_, plan.token[s.row]);
       if (s.rows == 2) a.row_stride *= static_cast<size_t>(plan.token[s.row + 1] - plan.token[s.row]);
@@ -320,8 +327,12 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
       const Segment& s = plan.segments[i];
       const Weights& weights = experts_[s.expert].down;
       const int local = s.row - row_begin;
-      Activations a = {engine.hidden_rows.bytes() + s.hidden_offset, stage_stride(s.arithmetic, intermediate_), s.rows,
-                       plan.hidden_sum.data() + local, s.tiled, s.down_tiling};
+      Activations a = {engine.hidden_rows.bytes() + s.hidden_offset,
+                       stage_stride(s.arithmetic, intermediate_),
+                       s.rows,
+                       plan.hidden_sum.data() + local,
+                       s.tiled,
+                       s.down_tiling};
       if (s.arithmetic == Arithmetic::kFloat) {
         a.data = engine.hidden.bytes() + local * hidden_stride * sizeof(float);
         a.row_stride = hidden_stride * sizeof(float);
@@ -335,8 +346,9 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
       sink.args.out = out;
       sink.args.out_stride = static_cast<size_t>(hidden_size_);
       sink.args.cols = hidden_size_;
-      const uint8_t* next = i + 1 < last ? experts_[plan.segments[i + 1].expert].down.strip(begin)
-                            : end < down_strips ? experts_[plan.segments[first].expert].down.strip(end) : nullptr;
+      const uint8_t* next = i + 1 < last        ? experts_[plan.segments[i + 1].expert].down.strip(begin)
+                            : end < down_strips ? experts_[plan.segments[first].expert].down.strip(end)
+                                                : nullptr;
       gemm_strips(kernels, s.arithmetic, weights, begin, end, a, next, scratch, sink);
     }
   }

@@ -25,7 +25,8 @@ struct Routing {
 class ExpertLayer {
  public:
   // Throws std::invalid_argument on sizes or alignment that cannot be.
-  ExpertLayer(std::shared_ptr<Engine> engine, int hidden_size, int moe_intermediate_size, std::vector<ExpertBlob> experts);
+  ExpertLayer(std::shared_ptr<Engine> engine, int hidden_size, int moe_intermediate_size,
+              std::vector<ExpertBlob> experts);
 
   int num_experts() const { return static_cast<int>(experts_.size()); }
   int hidden_size() const { return hidden_size_; }

@@ -20,9 +20,10 @@ namespace kt {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr float kTiny = 1e-30f;            // rows below this are stored as zeros: their inverse would overflow
-constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds a float below 2^22 to the nearest even integer
-constexpr int kMaxGroupScale = 16;          // s <= 16 keeps s * 15 below 256 and s * q - z within int8
+constexpr float kTiny = 1e-30f;  // rows below this are stored as zeros: their inverse would overflow
+constexpr float kRoundMagic =
+    12582912.0f;                    // 1.5 * 2^23: adding it rounds a float below 2^22 to the nearest even integer
+constexpr int kMaxGroupScale = 16;  // s <= 16 keeps s * 15 below 256 and s * q - z within int8
 
 inline float round_even(float x) { return (x + kRoundMagic) - kRoundMagic; }
 
@@ -188,7 +189,8 @@ uint16_t float_to_bf16(float value) {
 
 // Column of a strip and, within its tile, the byte offset of input feature k in the int8 order.
 inline size_t int8_offset(int k, int col) {
-  return static_cast<size_t>(k / 64) * kStripStepBytes + (col / 16) * kTileBytes + (k % 64 / 4) * 64 + (col % 16) * 4 + k % 4;
+  return static_cast<size_t>(k / 64) * kStripStepBytes + (col / 16) * kTileBytes + (k % 64 / 4) * 64 + (col % 16) * 4 +
+         k % 4;
 }
 
 // Calls visit(k, code offset, is_high_nibble, group header offset) for every input feature of one strip column.
@@ -257,7 +259,8 @@ void unpack_strip_row(const StripShape& shape, const uint8_t* strip, const float
   if (shape.info->k_group == 0) {
     const uint8_t* base = strip + int8_offset(0, col);
     for (int k = 0; k < shape.k; ++k) {
-      out[k] = scale * static_cast<float>(static_cast<int8_t>(base[static_cast<size_t>(k / 64) * kStripStepBytes + (k % 64 / 4) * 64 + k % 4]));
+      out[k] = scale * static_cast<float>(static_cast<int8_t>(
+                           base[static_cast<size_t>(k / 64) * kStripStepBytes + (k % 64 / 4) * 64 + k % 4]));
     }
     return;
   }
@@ -351,8 +354,8 @@ void pack_expert(Format format, const MatrixView& gate, const MatrixView& up, co
               [](int r) { return Place(r / kStripCols, r % kStripCols); });
 }
 
-void unpack_expert(Format format, const uint8_t* blob, int hidden_size, int moe_intermediate_size, float* gate, float* up,
-                   float* down) {
+void unpack_expert(Format format, const uint8_t* blob, int hidden_size, int moe_intermediate_size, float* gate,
+                   float* up, float* down) {
   const ExpertShape shape(format, hidden_size, moe_intermediate_size);
   const float* gate_up_scales = reinterpret_cast<const float*>(blob + shape.gate_up_scales_offset());
   const float* down_scales = reinterpret_cast<const float*>(blob + shape.down_scales_offset());
@@ -365,7 +368,8 @@ void unpack_expert(Format format, const uint8_t* blob, int hidden_size, int moe_
   for (int r = 0; r < hidden_size; ++r) {
     const size_t strip = static_cast<size_t>(r / kStripCols);
     unpack_strip_row(shape.down, blob + shape.down_offset() + strip * shape.down.strip_bytes(),
-                     down_scales + strip * kStripCols, r % kStripCols, down + static_cast<size_t>(r) * moe_intermediate_size);
+                     down_scales + strip * kStripCols, r % kStripCols,
+                     down + static_cast<size_t>(r) * moe_intermediate_size);
   }
 }
 

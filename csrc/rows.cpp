@@ -99,8 +99,9 @@ void stage_row(const KernelTable& kernels, const Input& x, int r, const StageNee
 }
 
 const uint8_t* staged_row(const RowStage& stage, Arithmetic arithmetic, int cols, int r) {
-  const Buffer& rows = arithmetic == Arithmetic::kInt8 ? stage.int8
-                       : arithmetic == Arithmetic::kBf16 ? stage.bf16 : stage.f32;
+  const Buffer& rows = arithmetic == Arithmetic::kInt8   ? stage.int8
+                       : arithmetic == Arithmetic::kBf16 ? stage.bf16
+                                                         : stage.f32;
   return rows.bytes() + static_cast<size_t>(r) * stage_stride(arithmetic, cols);
 }
 

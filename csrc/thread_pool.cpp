@@ -12,7 +12,7 @@
 namespace kt {
 namespace {
 
-constexpr int kSpinsBeforeYield = 2000;                      // about 30 us of pauses: longer than a balanced phase waits
+constexpr int kSpinsBeforeYield = 2000;  // about 30 us of pauses: longer than a balanced phase waits
 constexpr auto kIdleBeforeSleep = std::chrono::microseconds(200);  // between two layers of a decode step
 constexpr int kWantedBits = 16;
 constexpr uint64_t kWantedMask = (1u << kWantedBits) - 1;

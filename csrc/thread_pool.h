@@ -53,7 +53,8 @@ class ThreadPool {
   std::mutex run_mutex_;
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> ticket_{0};  // generation << 16 | workers wanted: one word, so that a worker never mixes two runs
+  std::atomic<uint64_t> ticket_{
+      0};  // generation << 16 | workers wanted: one word, so that a worker never mixes two runs
   std::atomic<int> pending_{0};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stopping_{false};

@@ -90,8 +90,12 @@ struct Bf16 {
 };
 
 // A tile number must be a literal in the instruction, so the accumulator is a template argument.
-#define KT_DOT(C, A, B) \
-  if constexpr (Type::kIsInt8) { _tile_dpbssd(C, A, B); } else { _tile_dpbf16ps(C, A, B); }
+#define KT_DOT(C, A, B)          \
+  if constexpr (Type::kIsInt8) { \
+    _tile_dpbssd(C, A, B);       \
+  } else {                       \
+    _tile_dpbf16ps(C, A, B);     \
+  }
 
 inline void load_c(bool accumulate, const char* c0, const char* c1, size_t stride) {
   if (!accumulate) {
@@ -173,33 +177,33 @@ void tile_bf16(const TileArgs& args) { tile_gemm<Bf16>(args); }
 
 // The 2x2 blocking of the kernels above with its operands in L1: 4 tile loads per 4 dot products, interleaved. With
 // fewer loads the unit runs about a fifth faster (Granite Rapids: 7.1 against 6.0 TOPS), which no GEMM can use.
-#define KT_PEAK_KERNEL(NAME, DOT, K_PER_STEP)                                                          \
-  uint64_t NAME(uint8_t* operands, int iterations) {                                                   \
-    tile_configure(kTileRows);                                                                         \
-    _tile_zero(0);                                                                                     \
-    _tile_zero(1);                                                                                     \
-    _tile_zero(2);                                                                                     \
-    _tile_zero(3);                                                                                     \
-    for (int i = 0; i < iterations; ++i) {                                                             \
-      for (const uint8_t* at = operands; at < operands + kPeakOperandBytes; at += 4 * kTileBytes) {    \
-        _tile_loadd(6, at, 64);                                                                        \
-        _tile_loadd(4, at + 2 * kTileBytes, 64);                                                       \
-        DOT(0, 4, 6);                                                                                  \
-        _tile_loadd(7, at + kTileBytes, 64);                                                           \
-        DOT(1, 4, 7);                                                                                  \
-        _tile_loadd(5, at + 3 * kTileBytes, 64);                                                       \
-        DOT(2, 5, 6);                                                                                  \
-        DOT(3, 5, 7);                                                                                  \
-      }                                                                                                \
-    }                                                                                                  \
-    uint8_t* result = operands + kPeakOperandBytes;                                                    \
-    _tile_stored(0, result, 64);                                                                       \
-    _tile_stored(1, result + kTileBytes, 64);                                                          \
-    _tile_stored(2, result + 2 * kTileBytes, 64);                                                      \
-    _tile_stored(3, result + 3 * kTileBytes, 64);                                                      \
-    tile_release();                                                                                    \
-    constexpr uint64_t kDots = kPeakOperandBytes / (4 * kTileBytes) * 4;                               \
-    return static_cast<uint64_t>(iterations) * kDots * kTileRows * kTileCols * K_PER_STEP * 2;         \
+#define KT_PEAK_KERNEL(NAME, DOT, K_PER_STEP)                                                       \
+  uint64_t NAME(uint8_t* operands, int iterations) {                                                \
+    tile_configure(kTileRows);                                                                      \
+    _tile_zero(0);                                                                                  \
+    _tile_zero(1);                                                                                  \
+    _tile_zero(2);                                                                                  \
+    _tile_zero(3);                                                                                  \
+    for (int i = 0; i < iterations; ++i) {                                                          \
+      for (const uint8_t* at = operands; at < operands + kPeakOperandBytes; at += 4 * kTileBytes) { \
+        _tile_loadd(6, at, 64);                                                                     \
+        _tile_loadd(4, at + 2 * kTileBytes, 64);                                                    \
+        DOT(0, 4, 6);                                                                               \
+        _tile_loadd(7, at + kTileBytes, 64);                                                        \
+        DOT(1, 4, 7);                                                                               \
+        _tile_loadd(5, at + 3 * kTileBytes, 64);                                                    \
+        DOT(2, 5, 6);                                                                               \
+        DOT(3, 5, 7);                                                                               \
+      }                                                                                             \
+    }                                                                                               \
+    uint8_t* result = operands + kPeakOperandBytes;                                                 \
+    _tile_stored(0, result, 64);                                                                    \
+    _tile_stored(1, result + kTileBytes, 64);                                                       \
+    _tile_stored(2, result + 2 * kTileBytes, 64);                                                   \
+    _tile_stored(3, result + 3 * kTileBytes, 64);                                                   \
+    tile_release();                                                                                 \
+    constexpr uint64_t kDots = kPeakOperandBytes / (4 * kTileBytes) * 4;                            \
+    return static_cast<uint64_t>(iterations) * kDots * kTileRows * kTileCols * K_PER_STEP * 2;      \
   }
 
 KT_PEAK_KERNEL(peak_s8, _tile_dpbssd, 64)
@@ -210,8 +214,9 @@ KT_PEAK_KERNEL(peak_bf16, _tile_dpbf16ps, 32)
 }  // namespace
 
 extern const KernelTable kAmxTable = {
-    "amx",   kRequired,      nullptr,      nullptr, nullptr,   nullptr, nullptr, tile_configure, tile_release, tile_s8,
-    tile_bf16, 3,  nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, peak_s8, peak_bf16,
+    "amx",        kRequired, nullptr,   nullptr, nullptr, nullptr, nullptr,   tile_configure,
+    tile_release, tile_s8,   tile_bf16, 3,       nullptr, nullptr, nullptr,   nullptr,
+    nullptr,      nullptr,   nullptr,   nullptr, nullptr, peak_s8, peak_bf16,
 };
 
 }  // namespace kt

@@ -150,7 +150,8 @@ struct GroupPart {
 
 inline GroupPart load_group(const uint8_t* header, int half) {
   const __m256i s = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(header + half * 8)));
-  const __m256i z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(header + kStripCols + half * 8)));
+  const __m256i z =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(header + kStripCols + half * 8)));
   return {_mm256_or_si256(s, _mm256_slli_epi32(s, 16)), _mm256_mullo_epi32(z, _mm256_set1_epi32(0x01010101))};
 }
 
@@ -258,7 +259,9 @@ inline __m256 silu8(__m256 x) {
   return _mm256_blendv_ps(y, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));  // max/min above swallow NaN
 }
 
-inline __m256 raw8(const int32_t* c) { return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(c))); }
+inline __m256 raw8(const int32_t* c) {
+  return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(c)));
+}
 inline __m256 raw8(const float* c) { return _mm256_loadu_ps(c); }
 
 template <typename T>
@@ -311,8 +314,8 @@ void store_bf16(const EpilogueArgs& e) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), _mm256_castps_si256(value8<T>(e, r, half)));
       for (int l = 0; l < 8 && half * 8 + l < e.cols; ++l) {
         const bool is_nan = (bits[l] & 0x7fffffffu) > 0x7f800000u;
-        out[half * 8 + l] = static_cast<uint16_t>(is_nan ? (bits[l] >> 16) | 0x40
-                                                         : (bits[l] + 0x7fff + ((bits[l] >> 16) & 1)) >> 16);
+        out[half * 8 + l] =
+            static_cast<uint16_t>(is_nan ? (bits[l] >> 16) | 0x40 : (bits[l] + 0x7fff + ((bits[l] >> 16) & 1)) >> 16);
       }
     }
   }

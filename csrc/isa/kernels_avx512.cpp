@@ -316,8 +316,7 @@ template <typename T>
 inline __m512 value16(const EpilogueArgs& e, int r, int tile) {
   const __m512 raw = raw16(static_cast<const T*>(e.c) + r * kStripCols + tile * kTileCols);
   if (!e.scale_a) return raw;
-  return _mm512_mul_ps(
-      raw, _mm512_mul_ps(_mm512_set1_ps(e.scale_a[r]), _mm512_loadu_ps(e.scale_b + tile * kTileCols)));
+  return _mm512_mul_ps(raw, _mm512_mul_ps(_mm512_set1_ps(e.scale_a[r]), _mm512_loadu_ps(e.scale_b + tile * kTileCols)));
 }
 
 template <typename T>
@@ -360,7 +359,8 @@ void store_f32(const EpilogueArgs& e) {
 inline __m256i to_bf16(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet));
 }
