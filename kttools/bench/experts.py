@@ -10,7 +10,7 @@ import torch
 from kttools_runtime.experts import ExpertEngine
 
 from .kt_peer import KtKernelPeer
-from .layer import RandomLayer, huge_memory, random_layer
+from .layer import RandomLayer, huge_memory, huge_page_share, random_layer
 from .roofline import CeilingLog, Ceilings, nearest
 from .shapes import LayerShape
 
@@ -44,6 +44,7 @@ class Row:
     floors_s: tuple[float, ...]
     ceilings: Ceilings
     ratio: float | None = None  # peer's median over ours, on our rows when a peer ran
+    huge_page_share: float | None = None  # of the weights; None: not known
 
     @property
     def median_s(self) -> float:
@@ -80,6 +81,9 @@ class OurLayer:
     def __init__(self, engine: ExpertEngine, shape: LayerShape, format: str) -> None:
         self.shape = shape
         self.random: RandomLayer = random_layer(engine, shape, format)
+        self.isa = engine.isa
+        self.expert_bytes = self.random.expert_bytes
+        self.huge_page_share = huge_page_share(self.random.memory)
         self._generator = torch.Generator().manual_seed(1)
 
     def call(self, num_tokens: int) -> Call:
@@ -162,18 +166,25 @@ def _rows(
     theirs: Sequence[Call],
     peer: KtKernelPeer | None,
 ) -> list[Row]:
-    def row(name: str, isa: str, calls: Sequence[Call], expert_bytes: int, ratio: float | None) -> Row:
+    def row(side: OurLayer | KtKernelPeer, calls: Sequence[Call], ratio: float | None = None) -> Row:
         operations = plan.shape.operations(num_tokens)
-        floors = tuple(log.floor_s(c.at, c.experts_hit * expert_bytes, operations) for c in calls)
-        ceilings = nearest(log.entries, calls[len(calls) // 2].at)
-        sizes = plan.shape, num_tokens, expert_bytes
-        return Row(name, plan.format, isa, engine.threads, *sizes, tuple(calls), floors, ceilings, ratio)
+        floors = tuple(log.floor_s(c.at, c.experts_hit * side.expert_bytes, operations) for c in calls)
+        return Row(
+            engine=side.name,
+            format=plan.format,
+            isa=side.isa,
+            threads=engine.threads,
+            shape=plan.shape,
+            num_tokens=num_tokens,
+            expert_bytes=side.expert_bytes,
+            calls=tuple(calls),
+            floors_s=floors,
+            ceilings=nearest(log.entries, calls[len(calls) // 2].at),
+            ratio=ratio,
+            huge_page_share=side.huge_page_share,
+        )
 
-    median = statistics.median(call.seconds for call in mine)
     if peer is None:
-        return [row(ours.name, engine.isa, mine, ours.random.expert_bytes, None)]
-    ratio = statistics.median(call.seconds for call in theirs) / median
-    return [
-        row(ours.name, engine.isa, mine, ours.random.expert_bytes, ratio),
-        row(peer.name, peer.isa, theirs, peer.expert_bytes, None),
-    ]
+        return [row(ours, mine)]
+    ratio = statistics.median(call.seconds for call in theirs) / statistics.median(c.seconds for c in mine)
+    return [row(ours, mine, ratio), row(peer, theirs)]

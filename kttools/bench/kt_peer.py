@@ -87,6 +87,7 @@ class KtKernelPeer:
         self.is_tamed = shim is not None
         self.isa = ""
         self.expert_bytes = 0
+        self.huge_page_share: float | None = None
         self.name = NAME
         self.version = str(self._ask(op="hello")["version"])
 

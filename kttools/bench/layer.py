@@ -6,6 +6,7 @@ kernels' time does not depend on the values, and every copy has to be read from 
 
 import mmap
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,6 +40,24 @@ def huge_memory(size: int) -> np.ndarray:
     raw = np.frombuffer(mapping, dtype=np.uint8)
     start = -raw.ctypes.data % HUGE_PAGE
     return raw[start : start + size]
+
+
+def huge_page_share(memory: np.ndarray) -> float | None:
+    """Part of the mapping around `memory` that lies in huge pages, 0 to 1; None where Linux does not say."""
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        return None
+    address, is_ours, resident = memory.ctypes.data, False, 0
+    for line in smaps.read_text(encoding="utf-8").splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            start, _, end = first.partition("-")
+            is_ours = int(start, 16) <= address < int(end, 16)
+        elif is_ours and first == "Rss:":
+            resident = int(rest[0])
+        elif is_ours and first == "AnonHugePages:":
+            return int(rest[0]) / resident if resident else 0.0
+    return None
 
 
 def gaussian_expert(shape: LayerShape, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -86,6 +86,7 @@ def expert_record(row: Row) -> Record:
         "ceiling_gb_s": row.ceilings.bandwidth_bytes_s / 1e9,
         "ceiling_tops": row.ceilings.compute_ops_s / 1e12,
         "ratio": row.ratio,
+        "huge_page_share": row.huge_page_share,
     }
 
 

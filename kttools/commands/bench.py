@@ -148,6 +148,9 @@ def _experts(engine: Any, plan: Any, has_peer: bool, python: str | None, accurac
         if record["engine"] in versions:
             record.update(engine_version=versions[record["engine"]], is_tamed=tamed)
     notes = _notes(engine, plan, machine, found, versions, tamed)
+    share = rows[0].huge_page_share
+    if share is not None:
+        notes.append(f"{share:.0%} of our weights lie in huge pages.")
     click.echo(report.render(records, style, report.EXPERT_COLUMNS, notes), nl=False)
 
 

@@ -28,7 +28,7 @@ LLAMA_BENCH_FIELDS = {
 OUR_FIELDS = {
     "test", "engine", "format", "isa", "num_experts", "top_k", "experts_hit", "median_ms", "median_ts",
     "tops", "gb_s", "floor_ms", "roofline_fraction", "ceiling_gb_s", "ceiling_tops", "ratio",
-    "relative_error",
+    "huge_page_share", "relative_error",
 }  # fmt: skip
 SIZES = ["--shape", "128x64", "--experts", "6", "--top-k", "3"]
 COMMAND = ["bench", "experts", *SIZES, "--tokens", "1,5", "-r", "2", "-t", "1"]
