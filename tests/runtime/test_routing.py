@@ -104,7 +104,10 @@ def test_fewer_experts_are_the_first_of_the_native_choice(config: ModelConfig) -
 
 def test_table_is_applied_to_the_native_result(config: ModelConfig) -> None:
     class KeepFirst:
-        def select(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def select(
+            self, ids: torch.Tensor, weights: torch.Tensor, scores: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            assert (scores.diff(dim=-1) <= 0).all()  # biased, best first
             dropped = ids.clone()
             dropped[:, 1:] = -1
             return dropped, weights
