@@ -27,6 +27,9 @@ class Entry:
 
 COMMANDS: dict[str, Entry] = {
     "quantize": Entry("kttools.commands.quantize:command", "Turn a checkpoint into a bundle."),
+    "profile-experts": Entry(
+        "kttools.commands.profile_experts:command", "Find out what fewer experts per token cost."
+    ),
     "chat": Entry("kttools.commands.chat:command", "Talk to a model, or answer one prompt."),
     "inspect": Entry("kttools.commands.inspect:command", "Show what is in a bundle, checkpoint or pack."),
     "verify": Entry("kttools.commands.verify:command", "Check every byte of a bundle."),

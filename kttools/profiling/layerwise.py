@@ -16,6 +16,7 @@ from kttools_runtime.expert_policy import LayerPolicy
 from kttools_runtime.model import DecoderLayer, Model
 from kttools_runtime.moe import MoELayer
 from kttools_runtime.rope import Rope
+from kttools_runtime.routing import LayerTable
 from kttools_runtime.torch_threads import set_torch_threads
 
 MAX_WINDOW_TOKENS = 2048
@@ -81,7 +82,7 @@ class LayerRunner:
         return self.model._embedding[token_ids.to(self.model.device)].to(torch.float32)
 
     @torch.inference_mode()
-    def run(self, index: int, hidden: Tensor, policy: LayerPolicy | None = None) -> None:
+    def run(self, index: int, hidden: Tensor, policy: LayerTable | None = None) -> None:
         """One layer on one window, in place; policy: what its router keeps (None: the native choice)."""
         num_tokens = hidden.shape[0]
         cache = torch.empty(num_tokens, self._width, dtype=self.model.dtype, device=hidden.device)

@@ -63,7 +63,7 @@ class TokenSums:
 
 @dataclass(slots=True)
 class Measured:
-    """One policy on all windows. token_kl: every token's, by domain; kept: experts by domain and MoE layer."""
+    """One policy on all windows. token_kl: every token's, by domain; kept: experts by domain, layer."""
 
     documents: list[DocumentSums] = field(default_factory=list)
     token_kl: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -58,7 +58,7 @@ def table_document(
 
 
 def write_table(path: Path, document: dict[str, Any], config: ModelConfig) -> ExpertTable:
-    """Writes a table and returns it as the runtime reads it. Raises CorruptFileError where the reader would."""
+    """Writes a table; returns it as the runtime reads it. Raises CorruptFileError where the reader would."""
     data = strict_json.canonical(document)
     table = parse_table(data, str(path), config, None)
     atomic_write_bytes(path, data)

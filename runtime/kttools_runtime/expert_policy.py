@@ -4,7 +4,7 @@ A rule ranks the native choices, keeps the first n of a token (n fixed or per to
 weights by alpha[n]. Nothing waits for a number on the host, so that a rule runs on the router's device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,9 +43,8 @@ class LayerPolicy:
 
     def to(self, device: torch.device) -> "LayerPolicy":
         """The same rule with its tensors on `device`."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
-        return LayerPolicy(**moved)
+        tensors = {name: getattr(self, name) for name in ("alpha", "ratios", "norms", "protect")}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
 
     def select(self, expert_ids: Tensor, expert_weights: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """ids int64, weights float32 and biased scores float32, all [T, K] in the router's order.

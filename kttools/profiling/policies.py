@@ -1,0 +1,147 @@
+"""What others do, exactly enough to be compared with: flat k, -ser, top-p and NAEE at a given mean."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kttools_runtime.expert_policy import LayerPolicy
+
+from .layerwise import LayerRunner, Policies, Window
+from .measure import Judge, Measured
+
+MEAN_TOLERANCE = 0.01
+SER_MINIMA = (1, 3, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeChoices:
+    """The router's own choices in one layer over some windows, each [T, K] in its order."""
+
+    expert_ids: Tensor
+    weights: Tensor
+    scores: Tensor
+
+
+class _Collector:
+    """A layer table that changes nothing and remembers what passes."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def select(self, ids: Tensor, weights: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen.append((ids, weights.clone(), scores.clone()))
+        return ids, weights
+
+
+def native_choices(runner: LayerRunner, chosen: list[Window]) -> dict[int, NativeChoices]:
+    """By MoE layer."""
+    collectors = {i: _Collector() for i in runner.config.moe_layers}
+    for window in chosen:
+        hidden = runner.embed(window.token_ids)
+        for index in range(runner.num_layers):
+            runner.run(index, hidden, collectors.get(index))
+    return {
+        i: NativeChoices(*[torch.cat(column) for column in zip(*c.seen, strict=True)])
+        for i, c in collectors.items()
+    }
+
+
+class Baselines:
+    """The rules of others, their thresholds set on the windows they are judged on (in their favour)."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self.choices = native_choices(judge.runner, judge.windows)
+        self.native = judge.runner.config.num_experts_per_tok
+
+    def flat(self, k: int) -> Policies:
+        """The first k of the router's order, renormalised: what --experts K runs."""
+        return {i: LayerPolicy(kind="uniform", k=k, order="choice", renormalize=True) for i in self.choices}
+
+    def ser(self, mean: float) -> tuple[str, Policies, Measured]:
+        """-ser Kmin,t: ranks from Kmin on need t times the best biased score. The best of several Kmin, with
+        and without renormalising."""
+        tried = []
+        for k_min in SER_MINIMA:
+            for renormalize in (True, False):
+
+                def build(t: float, k_min: int = k_min, renormalize: bool = renormalize) -> Policies:
+                    return self._rule("ser", "choice", t, k_min, renormalize)
+
+                policies, measured = self.matched(build, mean)
+                if abs(measured.k_mean() - mean) <= 0.05:
+                    t = next(iter(policies.values())).threshold
+                    label = f"-ser {k_min},{t:.3f}{' renormalised' if renormalize else ''}"
+                    tried.append((measured.kl_mean, label, policies, measured))
+        _, label, policies, measured = min(tried, key=lambda row: row[0])
+        return label, policies, measured
+
+    def top_p(self, mean: float) -> tuple[Policies, Measured]:
+        """The fewest experts with a share p of the weight, renormalised."""
+        return self.matched(lambda t: self._rule("top_p", "weight", 1.0 - t, 1, True), mean)
+
+    def naee(self, mean: float) -> tuple[Policies, Measured]:
+        """NAEE (arXiv 2402.14800), its rule for the second expert applied at every rank: stop where w_r falls
+        below beta_r w_1, beta_r a quantile of that ratio; the quantile is set by the mean."""
+        ratios = {}
+        for index, seen in self.choices.items():
+            weights = seen.weights.sort(dim=1, descending=True).values
+            ratios[index] = weights / weights[:, :1]
+
+        def build(q: float) -> Policies:
+            return {
+                i: LayerPolicy(
+                    kind="naee",
+                    ratios=torch.quantile(r[:: max(1, len(r) // 100_000)], min(q, 1.0), dim=0),
+                    k_max=self.native,
+                    renormalize=True,
+                )
+                for i, r in ratios.items()
+            }
+
+        return self.matched(build, mean)
+
+    def matched(self, build: Callable[[float], Policies], mean: float) -> tuple[Policies, Measured]:
+        """The rule build(t), t in 0..1 and dropping more as it grows, whose realised mean is `mean`."""
+        asked = mean
+        for _ in range(4):
+            policies = build(self._bisect(build, asked))
+            measured = self.judge.measure(policies)
+            off = measured.k_mean() - mean
+            if abs(off) <= MEAN_TOLERANCE:
+                break
+            asked -= off
+        return policies, measured
+
+    def _bisect(self, build: Callable[[float], Policies], mean: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            if self._count(build(middle)) > mean:
+                low = middle
+            else:
+                high = middle
+        return (low + high) / 2
+
+    def _count(self, policies: Policies) -> float:
+        kept = 0.0
+        for index, seen in self.choices.items():
+            policy = policies[index]
+            ids = policy.select(seen.expert_ids, seen.weights, seen.scores)[0]
+            kept += float((ids >= 0).sum()) / len(ids)
+        return kept / len(self.choices)
+
+    def _rule(self, kind: str, order: str, threshold: float, k_min: int, renormalize: bool) -> Policies:
+        return {
+            i: LayerPolicy(
+                kind=kind,
+                order=order,
+                threshold=threshold,
+                k_min=k_min,
+                k_max=self.native,
+                renormalize=renormalize,
+            )
+            for i in self.choices
+        }
