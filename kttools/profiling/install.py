@@ -1,0 +1,34 @@
+"""Makes a table the default of a bundle: the file first, the manifest that lists it last."""
+
+from pathlib import Path
+
+from kttools.bundle.atomic import atomic_write_bytes
+from kttools.bundle.hashing import FileDigest, digest_file
+from kttools.bundle.manifest import write_manifest
+from kttools_runtime import strict_json
+from kttools_runtime.expert_table import BUNDLE_TABLE, MAX_TABLE_BYTES, parse_table
+from kttools_runtime.manifest import Manifest, read_manifest
+
+
+def install_table(bundle: Path, table: Path, fingerprint: str) -> Manifest:
+    """Copies `table` into the bundle as its default. Raises InvalidInputError for another model's table.
+
+    Cut off in between, the bundle has a new table and an old manifest: `verify` says so, and a second run
+    mends it.
+    """
+    manifest = read_manifest(bundle)
+    data = strict_json.read_bounded(table, MAX_TABLE_BYTES)
+    parse_table(data, str(table), manifest.model, fingerprint)
+    atomic_write_bytes(bundle / BUNDLE_TABLE, data)
+    files = {path: FileDigest(e.bytes, e.xxh3_128, e.sha256) for path, e in manifest.files.items()}
+    files[BUNDLE_TABLE] = digest_file(bundle / BUNDLE_TABLE)
+    return write_manifest(
+        bundle,
+        config=manifest.model,
+        source_config=manifest.source["config"],
+        source_files=manifest.source["files"],
+        recipe=manifest.recipe,
+        experts=manifest.experts,
+        linears=manifest.linears,
+        files=files,
+    )
