@@ -32,7 +32,8 @@ class RandomLayer:
 def huge_memory(size: int) -> np.ndarray:
     """uint8 [size], zero, on a 2 MiB boundary; huge pages are asked for. Raises ResourceError."""
     try:
-        mapping = mmap.mmap(-1, size + HUGE_PAGE)
+        # Private: shared memory gets no huge pages on most systems.
+        mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise ResourceError(f"cannot map {size >> 20} MiB for the layer: {error}") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
