@@ -1,4 +1,4 @@
-"""PACK.md's "Blob layout", run and read: its formulas place every byte, its tables hold the code's numbers."""
+"""PACK.md's "Blob layout", run and read: formulas place every byte, tables hold the code's numbers."""
 
 import re
 from collections.abc import Callable
@@ -116,7 +116,7 @@ def test_formats_of_the_page_are_those_of_the_code() -> None:
 
 @pytest.mark.parametrize("row", table("weight"), ids=lambda row: row["weight"])
 def test_worked_example(row: dict[str, str]) -> None:
-    """The named weight alone in matrices of zeros: its byte is +127, and nothing else but its scale is set."""
+    """The named weight alone in matrices of zeros: its byte is +127, and only its scale is set beside."""
     match = re.fullmatch(r"(gate|up|down)\[(\d+)\]\[(\d+)\]", row["weight"])
     assert match
     gate, up, down = (np.zeros(shape, dtype=np.float32) for shape in ((32, 64), (32, 64), (64, 32)))

@@ -109,8 +109,8 @@ def test_int8_is_numpy_int8(shape: tuple[int, int]) -> None:
 def test_int4_invariants(group: int, kind: str) -> None:
     """1 <= s <= 16, 0 <= z <= 128 and every code of a group inside int8; the error is bounded by its range.
 
-    The range reaches to zero (z cannot be negative) and may be shrunk to 0.7, so that an end is off by 0.3 of its
-    magnitude; inside, half a step of range / 15 and what rounding s to an integer adds.
+    The range reaches to zero (z cannot be negative) and may be shrunk to 0.7, so that an end is off by 0.3 of
+    its magnitude; inside, half a step of range / 15 and what rounding s to an integer adds.
     """
     rng = np.random.default_rng(46)
     w: ref.Array = rng.standard_normal((24, 300))
@@ -193,7 +193,11 @@ def test_largest_floats(name: str, value: float) -> None:
     blob = ref.aligned(_kernels.expert_bytes(name, 64, 16))
     _kernels.pack_expert(name, w, w, np.ascontiguousarray(w.T), blob)
     for got, expected in zip(_kernels.unpack_expert(name, blob, 64, 16), (w, w, w.T), strict=True):
-        ref.within(got / np.float32(1e30), expected / np.float32(1e30), abs(value) / 1e30 * (0.32 if name.startswith("int4") else 0.02))
+        ref.within(
+            got / np.float32(1e30),
+            expected / np.float32(1e30),
+            abs(value) / 1e30 * (0.32 if name.startswith("int4") else 0.02),
+        )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

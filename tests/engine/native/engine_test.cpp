@@ -1,0 +1,310 @@
+// The engine without Python, for builds with sanitizers: every kernel table of this CPU on exactly sized memory, rows of
+// every tile shape, concurrent callers, engines that come and go. Prints a hash of each format's blob for the caller to
+// compare, and "ok"; exits 1 at the first mismatch.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+#include "linear.h"
+#include "moe.h"
+
+namespace {
+
+using kt::Engine;
+using kt::ExpertLayer;
+using kt::ExpertShape;
+using kt::Format;
+using kt::FormatInfo;
+
+[[noreturn]] void fail(const std::string& message) {
+  std::fprintf(stderr, "FAILED: %s\n", message.c_str());
+  std::exit(1);
+}
+
+void expect(bool holds, const std::string& message) {
+  if (!holds) fail(message);
+}
+
+// Element i of stream `seed`: a float in [-1, 1) with 16 bits, the same in any language (see test_sanitizers.py).
+float value(uint32_t seed, uint32_t i) {
+  uint32_t h = i * 2654435761u + seed * 40503u;
+  h ^= h >> 15;
+  h *= 2246822519u;
+  h ^= h >> 13;
+  return (static_cast<float>(h >> 16) - 32768.0f) / 32768.0f;
+}
+
+std::vector<float> values(uint32_t seed, size_t n, float scale) {
+  std::vector<float> out(n);
+  for (size_t i = 0; i < n; ++i) out[i] = value(seed, static_cast<uint32_t>(i)) * scale;
+  return out;
+}
+
+uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float from_bf16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+struct Free {
+  void operator()(uint8_t* p) const { std::free(p); }
+};
+
+// One expert: its blob in memory of exactly that size, and the weights that it stands for.
+struct Expert {
+  Format format;
+  int hidden, inner;
+  size_t bytes;
+  std::unique_ptr<uint8_t, Free> blob;
+  std::vector<float> gate, up, down;
+
+  Expert(Format f, int hidden_size, int inner_size, uint32_t seed)
+      : format(f),
+        hidden(hidden_size),
+        inner(inner_size),
+        bytes(ExpertShape(f, hidden, inner).blob_bytes()),
+        blob(static_cast<uint8_t*>(std::aligned_alloc(4096, bytes))) {
+    const size_t n = static_cast<size_t>(hidden) * static_cast<size_t>(inner);
+    const float in = 1.7f / std::sqrt(static_cast<float>(hidden)), out = 1.7f / std::sqrt(static_cast<float>(inner));
+    gate = values(seed, n, in);
+    up = values(seed + 1, n, in);
+    down = values(seed + 2, n, out);
+    kt::pack_expert(format, {gate.data(), false, inner, hidden}, {up.data(), false, inner, hidden},
+                    {down.data(), false, hidden, inner}, blob.get());
+    kt::unpack_expert(format, blob.get(), hidden, inner, gate.data(), up.data(), down.data());
+  }
+};
+
+// Plain double arithmetic on the stored weights, nothing else rounded.
+std::vector<double> plain_expert(const Expert& e, const float* x) {
+  std::vector<double> h(static_cast<size_t>(e.inner)), y(static_cast<size_t>(e.hidden), 0.0);
+  for (int i = 0; i < e.inner; ++i) {
+    double gate = 0, up = 0;
+    for (int k = 0; k < e.hidden; ++k) {
+      gate += static_cast<double>(e.gate[i * e.hidden + k]) * x[k];
+      up += static_cast<double>(e.up[i * e.hidden + k]) * x[k];
+    }
+    h[i] = gate / (1.0 + std::exp(-gate)) * up;
+  }
+  for (int n = 0; n < e.hidden; ++n) {
+    for (int i = 0; i < e.inner; ++i) y[n] += h[i] * e.down[n * e.inner + i];
+  }
+  return y;
+}
+
+// Largest error allowed as a share of the largest value. Activations in int8: two roundings of half a step of 1/127 whose
+// errors add over the row like noise, measured 1 %. bf16 activations: 2^-8 of the hidden row. Else float32 sums.
+double tolerance(Format format, bool bf16_input) {
+  if (format != Format::kBf16) return 0.04;
+  return bf16_input ? 0.01 : 1e-5;
+}
+
+struct Problem {
+  std::vector<float> x;
+  std::vector<uint16_t> x_bf16;
+  std::vector<int64_t> ids;
+  std::vector<float> weights;
+  int tokens, k, hidden;
+
+  // Every third id is -1 and its weight NaN; tokens 4, 9, ... have no expert at all and are NaN.
+  Problem(int tokens_, int k_, int experts, int hidden_) : tokens(tokens_), k(k_), hidden(hidden_) {
+    x = values(77, static_cast<size_t>(tokens) * static_cast<size_t>(hidden), 1.7f);
+    for (float& v : x) v = from_bf16(to_bf16(v));
+    for (int t = 0; t < tokens; ++t) {
+      for (int r = 0; r < k; ++r) {
+        const bool none = t % 5 == 4 || (k > 1 && (t + r) % 3 == 2);
+        ids.push_back(none ? -1 : (t * 7 + r) % experts);
+        weights.push_back(none ? NAN : 0.5f + 0.125f * static_cast<float>(r));
+      }
+      if (t % 5 == 4) std::fill_n(x.begin() + static_cast<int64_t>(t) * hidden, hidden, NAN);
+    }
+    for (float v : x) x_bf16.push_back(std::isnan(v) ? 0x7fc0 : to_bf16(v));
+  }
+
+  kt::Input input(bool bf16) const {
+    return {bf16 ? static_cast<const void*>(x_bf16.data()) : x.data(), bf16, tokens, hidden};
+  }
+  std::vector<float> run(ExpertLayer& layer, bool bf16) const {
+    std::vector<float> out(static_cast<size_t>(tokens) * static_cast<size_t>(hidden), NAN);
+    layer.forward(input(bf16), {ids.data(), weights.data(), k}, out.data());
+    return out;
+  }
+  std::vector<double> plain(const std::vector<Expert>& experts) const {
+    std::vector<double> y(static_cast<size_t>(tokens) * static_cast<size_t>(hidden), 0.0);
+    for (int t = 0; t < tokens; ++t) {
+      for (int r = 0; r < k; ++r) {
+        if (ids[t * k + r] < 0) continue;
+        const std::vector<double> part =
+            plain_expert(experts[ids[t * k + r]], x.data() + static_cast<size_t>(t) * hidden);
+        for (int n = 0; n < hidden; ++n) y[t * hidden + n] += part[n] * weights[t * k + r];
+      }
+    }
+    return y;
+  }
+};
+
+std::vector<Expert> make_experts(Format format, int count, int hidden, int inner) {
+  std::vector<Expert> experts;
+  for (int e = 0; e < count; ++e) experts.emplace_back(format, hidden, inner, 100 + 3 * static_cast<uint32_t>(e));
+  return experts;
+}
+
+ExpertLayer make_layer(std::shared_ptr<Engine> engine, const std::vector<Expert>& experts) {
+  std::vector<kt::ExpertBlob> blobs;
+  for (const Expert& e : experts) blobs.push_back({e.format, e.blob.get()});
+  return ExpertLayer(std::move(engine), experts[0].hidden, experts[0].inner, std::move(blobs));
+}
+
+void compare(const std::vector<float>& got, const std::vector<double>& expected, double share,
+             const std::string& what) {
+  double largest = 0;
+  for (double v : expected) largest = std::fmax(largest, std::fabs(v));
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double error = std::fabs(got[i] - expected[i]);
+    if (!(error <= share * largest)) {
+      fail(what + ": element " + std::to_string(i) + " is " + std::to_string(got[i]) + ", expected " +
+           std::to_string(expected[i]));
+    }
+  }
+}
+
+void check_layer(const std::string& isa, const FormatInfo& info, int hidden, int inner, std::vector<int> token_counts) {
+  const std::vector<Expert> experts = make_experts(info.format, 3, hidden, inner);
+  ExpertLayer one = make_layer(std::make_shared<Engine>(1, isa), experts);
+  ExpertLayer three = make_layer(std::make_shared<Engine>(3, isa), experts);
+  for (int tokens : token_counts) {
+    for (int k : {1, 3}) {
+      const Problem problem(tokens, k, 3, hidden);
+      const std::vector<double> expected = problem.plain(experts);
+      for (bool bf16 : {false, true}) {
+        const std::string what =
+            isa + " " + info.name + " " + std::to_string(tokens) + " tokens of " + std::to_string(hidden);
+        const std::vector<float> out = problem.run(one, bf16);
+        compare(out, expected, tolerance(info.format, bf16), what);
+        expect(std::memcmp(out.data(), problem.run(three, bf16).data(), out.size() * sizeof(float)) == 0,
+               what + ": three threads give other bits than one");
+      }
+    }
+  }
+}
+
+void check_linear(const std::string& isa, const FormatInfo& info, int n, int k) {
+  const std::vector<float> w = values(9, static_cast<size_t>(n) * static_cast<size_t>(k), 0.3f);
+  const size_t padded = kt::round_up(k, 128), rows = static_cast<size_t>(n);
+  std::vector<uint8_t> q(rows * padded * 2), s(rows * padded / 32), z(s.size());
+  std::vector<float> scale(rows);
+  const kt::MatrixView view = {w.data(), false, n, k};
+  if (info.format == Format::kBf16) {
+    for (size_t i = 0; i < w.size(); ++i) reinterpret_cast<uint16_t*>(q.data())[i] = to_bf16(w[i]);
+  } else if (info.k_group) {
+    kt::quantize_int4(view, info.k_group, q.data(), s.data(), z.data(), scale.data());
+  } else {
+    kt::quantize_int8(view, reinterpret_cast<int8_t*>(q.data()), scale.data());
+  }
+  kt::PackedLinear linear(std::make_shared<Engine>(2, isa), info.format, {q.data(), s.data(), z.data(), n, k},
+                          info.format == Format::kBf16 ? nullptr : scale.data());
+  for (int m : {1, 2, 5, 34}) {
+    const std::vector<float> x = values(10, static_cast<size_t>(m) * static_cast<size_t>(k), 1.0f);
+    std::vector<double> expected(static_cast<size_t>(m) * rows, 0.0);
+    for (int r = 0; r < m; ++r) {
+      for (int c = 0; c < n; ++c) {
+        for (int i = 0; i < k; ++i) expected[r * n + c] += static_cast<double>(x[r * k + i]) * w[c * k + i];
+      }
+    }
+    const std::string what = isa + " " + info.name + " matrix " + std::to_string(n) + "x" + std::to_string(k);
+    std::vector<float> wide(expected.size(), NAN);
+    linear.forward({x.data(), false, m, k}, wide.data(), false);
+    compare(wide, expected, info.k_group ? 0.2 : 0.02, what);
+    std::vector<uint16_t> half(expected.size(), 0xffff);
+    linear.forward({x.data(), false, m, k}, half.data(), true);
+    for (size_t i = 0; i < half.size(); ++i) expect(half[i] == to_bf16(wide[i]), what + ": bf16 output");
+  }
+}
+
+// What a caller may get wrong is thrown, not computed.
+void check_refusals() {
+  const std::vector<Expert> experts = make_experts(Format::kInt8, 2, 64, 32);
+  ExpertLayer layer = make_layer(std::make_shared<Engine>(2, ""), experts);
+  Problem problem(40, 2, 2, 64);
+  problem.ids[79] = 2;
+  try {
+    problem.run(layer, false);
+    fail("id 2 of 2 experts was accepted");
+  } catch (const std::invalid_argument&) {
+  }
+  try {
+    Engine engine(1, "no such table");
+    fail("an unknown kernel table was accepted");
+  } catch (const std::invalid_argument&) {
+  }
+}
+
+// Several threads on one engine while others are made and destroyed: the same bits as alone.
+void check_callers() {
+  const std::vector<Expert> experts = make_experts(Format::kInt8, 3, 320, 96);
+  const auto engine = std::make_shared<Engine>(3, "");
+  ExpertLayer first = make_layer(engine, experts), second = make_layer(engine, experts);
+  const Problem problem(19, 2, 3, 320);
+  const std::vector<float> expected = problem.run(first, false);
+  const auto same = [&](ExpertLayer& layer) {
+    expect(std::memcmp(problem.run(layer, false).data(), expected.data(), expected.size() * sizeof(float)) == 0,
+           "concurrent callers got other bits");
+  };
+  const auto caller = [&](ExpertLayer& layer) {
+    for (int i = 0; i < 20; ++i) same(layer);
+  };
+  std::thread a([&] { caller(first); }), b([&] { caller(second); });
+  for (int i = 0; i < 12; ++i) {
+    ExpertLayer passing = make_layer(std::make_shared<Engine>(1 + i % 7, ""), experts);
+    if (i % 2) same(passing);
+  }
+  a.join();
+  b.join();
+}
+
+uint64_t fnv1a(const uint8_t* data, size_t bytes) {
+  uint64_t hash = 1469598103934665603u;
+  for (size_t i = 0; i < bytes; ++i) hash = (hash ^ data[i]) * 1099511628211u;
+  return hash;
+}
+
+void check_table(const std::string& isa) {
+  for (const FormatInfo& info : kt::formats()) {
+    check_layer(isa, info, 72, 40, {1, 2, 3, 18, 37, 70});
+    check_layer(isa, info, 33, 17, {1, 5});
+    check_linear(isa, info, 33, 100);
+    check_linear(isa, info, 70, 129);
+    if (isa != "scalar") check_layer(isa, info, 2400, 16, {530});  // K in blocks
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const FormatInfo& info : kt::formats()) {
+    const Expert expert(info.format, 72, 40, 5);
+    std::printf("%s %016llx\n", info.name, static_cast<unsigned long long>(fnv1a(expert.blob.get(), expert.bytes)));
+  }
+  for (const kt::IsaStatus& isa : kt::isa_status()) {
+    if (isa.missing.empty()) check_table(isa.table->name);
+  }
+  check_refusals();
+  check_callers();
+  std::printf("ok\n");
+  return 0;
+}
