@@ -8,7 +8,7 @@ from .profile_file import Profile
 
 
 def logical_count(profile: Profile) -> dict[str, Any]:
-    """How often each expert was chosen, [1, num_hidden_layers-aligned MoE layers, n_routed_experts].
+    """How often each expert was chosen: [1, model layers up to the last MoE layer, n_routed_experts].
 
     SGLang's expert distribution recorder and KTransformers' GPU placement read `logical_count` with one row
     per model layer; layers without experts are rows of zeros.
