@@ -312,18 +312,31 @@ void quantize_int4(const MatrixView& w, int group, uint8_t* q, uint8_t* s, uint8
   }
 }
 
-void place_row(const FormatInfo& info, const CodeView& codes, int row, uint8_t* strip, int col) {
-  if (info.format == Format::kBf16) {
-    const uint16_t* w = static_cast<const uint16_t*>(codes.q) + static_cast<size_t>(row) * codes.k;
-    uint8_t* base = strip + (col / 16) * kTileBytes + (col % 16) * 4;
-    for (int k = 0; k < codes.k; ++k) {
-      std::memcpy(base + static_cast<size_t>(k / 32) * kStripStepBytes + (k % 32 / 2) * 64 + (k % 2) * 2, w + k, 2);
-    }
-    return;
+namespace {
+
+// 4 bytes at a time: a strip column is one 4-byte lane of every 64-byte line. `bytes` of a row, zero-padded to lanes.
+void place_lanes(const uint8_t* row, size_t bytes, uint8_t* strip, int col) {
+  uint8_t* base = strip + (col / 16) * kTileBytes + (col % 16) * 4;
+  for (size_t at = 0; at < bytes; at += 4) {
+    uint8_t* lane = base + at / kStepBytes * kStripStepBytes + at % kStepBytes / 4 * 64;
+    std::memcpy(lane, row + at, bytes - at < 4 ? bytes - at : 4);
   }
+}
+
+// Four codes of input features k .. k + 3 as four bytes; features that are not stored have the neutral code 8.
+uint32_t four_codes(const uint8_t* q, int k, int stored) {
+  if (k >= stored) return 0x08080808u;
+  const uint32_t pairs = static_cast<uint32_t>(q[k / 2] | q[k / 2 + 1] << 8);
+  return (pairs & 15u) | (pairs & 0xf0u) << 4 | (pairs & 0xf00u) << 8 | (pairs & 0xf000u) << 12;
+}
+
+}  // namespace
+
+void place_row(const FormatInfo& info, const CodeView& codes, int row, uint8_t* strip, int col) {
+  const size_t width = info.format == Format::kBf16 ? 2 : 1;
   if (info.k_group == 0) {
-    const int8_t* w = static_cast<const int8_t*>(codes.q) + static_cast<size_t>(row) * codes.k;
-    for (int k = 0; k < codes.k; ++k) strip[int8_offset(k, col)] = static_cast<uint8_t>(w[k]);
+    const size_t bytes = static_cast<size_t>(codes.k) * width;
+    place_lanes(static_cast<const uint8_t*>(codes.q) + static_cast<size_t>(row) * bytes, bytes, strip, col);
     return;
   }
   // Storage groups may be padded less than strips are (a group of 32 in a k-step of 64): codes beyond them stay neutral.
@@ -331,14 +344,24 @@ void place_row(const FormatInfo& info, const CodeView& codes, int row, uint8_t* 
   const int padded = StripShape{codes.n, codes.k, &info}.k_padded();
   const uint8_t* q = static_cast<const uint8_t*>(codes.q) + static_cast<size_t>(row) * stored / 2;
   const size_t groups = static_cast<size_t>(stored / info.k_group);
-  visit_int4(info, padded, col, [&](int k, size_t at, bool high, size_t header) {
-    const bool inside = k < stored;
-    const size_t group = row * groups + k / info.k_group;
-    strip[header + col] = inside ? codes.s[group] : 1;
-    strip[header + kStripCols + col] = inside ? codes.z[group] : 8;
-    const int code = !inside ? 8 : (k % 2 ? q[k / 2] >> 4 : q[k / 2] & 15);
-    strip[at] = static_cast<uint8_t>(strip[at] | (high ? code << 4 : code));
-  });
+  const int block_steps = int4_block_steps(info.k_group), headers = int4_headers(info.k_group);
+  for (int group = 0; group * info.k_group < padded; ++group) {
+    const bool inside = static_cast<size_t>(group) < groups;
+    const int block = group / headers;
+    uint8_t* header =
+        strip + static_cast<size_t>(block) * int4_block_bytes(info.k_group) + group % headers * kInt4HeaderBytes;
+    header[col] = inside ? codes.s[row * groups + group] : 1;
+    header[kStripCols + col] = inside ? codes.z[row * groups + group] : 8;
+  }
+  for (int step = 0; step < padded / 64; ++step) {
+    uint8_t* lanes = strip + static_cast<size_t>(step / block_steps) * int4_block_bytes(info.k_group) +
+                     headers * kInt4HeaderBytes + (step % block_steps) * kTileBytes + (col / 16) * 512 + (col % 16) * 4;
+    for (int i = 0; i < 8; ++i) {
+      const int k = step * 64 + i * 4;
+      const uint32_t four = four_codes(q, k, stored) | four_codes(q, k + 32, stored) << 4;
+      std::memcpy(lanes + i * 64, &four, 4);
+    }
+  }
 }
 
 void pack_expert(Format format, const MatrixView& gate, const MatrixView& up, const MatrixView& down, uint8_t* blob) {
