@@ -8,7 +8,8 @@ import torch
 from . import _kernels, env
 from .errors import HardwareError, InvalidInputError, UsageError
 
-# What a user asks for, and the pack format it means. int4's group is chosen by measured error (docs/engine.md).
+# What a user asks for, and the pack format it means. Layer errors: g32 0.13,
+# g64 0.145, g128 0.16.
 FORMAT_ALIASES = {"int4": "int4_g64"}
 
 
@@ -18,7 +19,7 @@ def available_isas() -> list[str]:
 
 
 def pack_format(name: str) -> str:
-    """The pack format for a user's format name ("bf16", "int8", "int4", "int4_g128", ...). Raises UsageError."""
+    """The pack format for a user's format name ("bf16", "int8", "int4", ...). Raises UsageError."""
     resolved = FORMAT_ALIASES.get(name, name)
     if resolved not in _kernels.FORMATS:
         valid = ", ".join([*_kernels.FORMATS, *FORMAT_ALIASES])
@@ -51,8 +52,8 @@ class ExpertLayer:
     ) -> torch.Tensor:
         """Weighted sum of each token's experts.
 
-        x: [T, hidden_size] bf16 or f32; expert_ids: [T, k] int64, -1 = none (x rows and weights of -1 are never
-        read); expert_weights: [T, k] f32. Returns [T, hidden_size] f32 (in `out` when given).
+        x: [T, hidden_size] bf16 or f32; expert_ids: [T, k] int64, -1 = none (x rows and weights of -1 are
+        never read); expert_weights: [T, k] f32. Returns [T, hidden_size] f32 (in `out` when given).
         Raises InvalidInputError for ids out of range or wrong shapes and dtypes.
         """
         if out is None:
@@ -100,7 +101,9 @@ class ExpertEngine:
         blobs = []
         for expert in range(num_experts):
             blob = aligned_bytes(size)
-            _kernels.pack_expert(name, as_numpy(gate[expert]), as_numpy(up[expert]), as_numpy(down[expert]), blob)
+            _kernels.pack_expert(
+                name, as_numpy(gate[expert]), as_numpy(up[expert]), as_numpy(down[expert]), blob
+            )
             blobs.append(blob)
         return self.layer_from_blobs(hidden, intermediate, [name] * num_experts, blobs)
 
