@@ -13,15 +13,7 @@ constexpr size_t kResultInL2 = 512 << 10;  // C of one unit of work
 // K block of the large-M path: 16 k-steps. A block 512 rows x 1 KiB = 512 KiB, strip block 32 KiB (L1), C in L2.
 constexpr int kBlockSteps = 16;
 // Share of the next strip that later passes over this one ask for (the rest comes with its own first pass).
-#ifndef KT_AHEAD
-#define KT_AHEAD 0.375
-#endif
-constexpr double kAheadShare = KT_AHEAD;
-
-struct Range {
-  const uint8_t* begin;
-  size_t bytes;
-};
+constexpr double kAheadShare = 0.375;
 
 bool is_int4(const Weights& weights) { return weights.shape.info->k_group != 0; }
 
