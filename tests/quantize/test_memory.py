@@ -10,13 +10,15 @@ import pytest
 from tests.forge import config
 
 EXPERTS, VOCAB, HIDDEN, INNER = 3, 16384, 7168, 2048
+REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT = 2.5 * (1 << 30)
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 from kttools.cli import main
+from tests.memory import peak_rss_bytes
 code = main(sys.argv[1:])
-print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), file=sys.stderr)
+print(json.dumps({"peak": peak_rss_bytes()}), file=sys.stderr)
 sys.exit(code)
 """
 
@@ -77,7 +79,8 @@ def test_peak_memory_is_bounded_and_as_planned(tmp_path: Path, workers: int) -> 
     assert (source / "model.safetensors").stat().st_size > 8e8
     options = ["--workers", str(workers), "--json", "--quiet"]
     line = ["quantize", str(source), "-o", str(tmp_path / "b"), *options]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *line], capture_output=True, text=True)
+    command = [sys.executable, "-c", MEASURE, *line]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     peak = json.loads(done.stderr)["peak"]
     planned = json.loads(done.stdout)["plan"]["ram_bytes"]
