@@ -1,4 +1,4 @@
-"""Peak memory of a process. ru_maxrss would not do: it survives exec, so a child starts with its parent's peak."""
+"""Peak memory of a process. Not ru_maxrss: it survives exec, so a child starts with its parent's peak."""
 
 import resource
 from pathlib import Path
