@@ -14,6 +14,7 @@ NAMES = {
     torch.float32: "F32",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 
 # A DeepSeek-V3 config.json of odd small sizes, as the hub writes it.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kttools.checkpoint import Checkpoint, TensorInfo
+from kttools.checkpoint import Checkpoint, TensorInfo, Weights
 from kttools.families import Role, SourceModel, canonical_tensors, open_model
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
@@ -98,7 +98,7 @@ def _checkpoint(root: Path) -> dict[str, Any]:
         "model": source.config.to_dict(),
         "parameters": _parameter_summary(source.config, source.parameters_by_role()),
         "experts": _expert_facts(source),
-        "tokenizer": sorted(source.tokenizer_files),
+        "tokenizer": source.tokenizer_names,
     }
 
 
@@ -109,14 +109,21 @@ def _expert_facts(source: SourceModel) -> dict[str, Any] | None:
     return {"layers": len(source.moe_layers), "dtype": source.expert_dtype, "stored": dict(layouts)}
 
 
-def _checkpoint_facts(root: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    infos = [checkpoint.info(name) for name in checkpoint.names()]
-    by_file = Counter(info.file.name for info in infos)
+def _checkpoint_facts(root: Path, checkpoint: Weights) -> dict[str, Any]:
+    names = checkpoint.names()
+    stored = [checkpoint.stored(name) for name in names]
+    by_file = Counter(checkpoint.info(name).file.name for name in names)
+    by_format: Counter[str] = Counter()
+    for entry in stored:
+        by_format[entry.dtype] += entry.bytes
     return {
         "kind": "checkpoint",
         "path": str(root),
-        "tensors": len(infos),
-        "bytes": {"total": sum(info.bytes for info in infos), "by_format": _bytes_by_dtype(infos)},
+        "tensors": len(names),
+        "bytes": {
+            "total": sum(entry.bytes for entry in stored),
+            "by_format": dict(sorted(by_format.items())),
+        },
         "files": [
             {"path": file.name, "bytes": file.stat().st_size, "tensors": by_file[file.name]}
             for file in checkpoint.files

@@ -1,17 +1,27 @@
 """Reading what people have, behind one lazy interface: names, shapes, one tensor at a time.
 
-`open_checkpoint(path)` chooses the reader; today there is one, safetensors.
+`open_checkpoint(path, quantization_config)` opens safetensors, plain or FP8.
 """
 
 from pathlib import Path
+from typing import Any
 
 from kttools_runtime.safetensors_file import TensorInfo
 
+from .base import Info, Stored, Weights
+from .fp8 import Fp8Checkpoint, read_quantization_config
 from .safetensors import Checkpoint
 
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+__all__ = ["Checkpoint", "Info", "Stored", "TensorInfo", "Weights", "open_checkpoint"]
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a checkpoint of any readable kind. Raises InvalidInputError or CorruptFileError."""
-    return Checkpoint.open(path)
+def open_checkpoint(
+    path: str | Path, quantization_config: Any = None, where: str = "config.json"
+) -> Checkpoint | Fp8Checkpoint:
+    """Opens safetensors; quantization_config: that of config.json (found at `where`), None when it has none.
+
+    Raises InvalidInputError, CorruptFileError or UnsupportedModelError.
+    """
+    block = read_quantization_config(quantization_config, where)
+    plain = Checkpoint.open(path)
+    return plain if block is None else Fp8Checkpoint(plain, block)

@@ -6,6 +6,7 @@ occur).
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from kttools_runtime import strict_json
 from kttools_runtime.errors import CorruptFileError, InvalidInputError
 from kttools_runtime.safetensors_file import TensorInfo, read_header, read_tensor
+
+from .base import Stored
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -57,6 +60,10 @@ class Checkpoint:
             where = self.index_file or self.files[0]
             raise InvalidInputError(f"{where}: no tensor {name}") from None
 
+    def stored(self, name: str) -> Stored:
+        info = self.info(name)
+        return Stored(info.dtype, info.bytes)
+
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor in fresh memory."""
         return read_tensor(self.info(name))
@@ -64,6 +71,16 @@ class Checkpoint:
     def read_slice(self, name: str, index: int) -> torch.Tensor:
         """Slice [index] of the leading dimension; the rest of the tensor is not read."""
         return read_tensor(self.info(name), index)
+
+    def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Rows [begin, end) of the leading dimension; the rest of the tensor is not read."""
+        info = self.info(name)
+        if not info.shape or not 0 <= begin <= end <= info.shape[0]:
+            raise IndexError(f"tensor {name} of shape {list(info.shape)} has no rows {begin}..{end}")
+        row_bytes = info.bytes // max(info.shape[0], 1)
+        shape = (end - begin, *info.shape[1:])
+        part = replace(info, shape=shape, offset=info.offset + begin * row_bytes, bytes=shape[0] * row_bytes)
+        return read_tensor(part)
 
 
 def _locate(path: Path) -> Path:

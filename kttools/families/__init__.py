@@ -6,6 +6,7 @@ A family is chosen by `architectures`, or by `model_type` when a config names no
 from pathlib import Path
 from typing import Any
 
+from kttools.checkpoint import open_checkpoint
 from kttools_runtime import strict_json
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
@@ -68,8 +69,10 @@ def open_model(path: str | Path) -> SourceModel:
     config_file = directory / "config.json"
     config = strict_json.read_object(config_file, MAX_CONFIG_BYTES)
     family = detect(config, str(config_file))
-    model_config, notices = _read_config(family, config, config_file)
-    return SourceModel(directory, family, model_config, config, notices)
+    readable = {key: value for key, value in config.items() if key != "quantization_config"}
+    model_config, notices = _read_config(family, readable, config_file)
+    checkpoint = open_checkpoint(directory, config.get("quantization_config"), str(config_file))
+    return SourceModel(directory, family, model_config, config, notices, checkpoint, directory)
 
 
 def _read_config(family: Family, config: dict[str, Any], config_file: Path) -> tuple[ModelConfig, list[str]]:

@@ -119,12 +119,6 @@ def _refuse_what_we_lack(reader: ConfigReader) -> None:
         value = reader.values.get(key)
         if not any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral):
             reader.unsupported(key, value, "it changes results and DeepSeek-V3 has no such key")
-    quantization = reader.values.get("quantization_config")
-    reader.used.add("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        remedy = "use a BF16 checkpoint (without quantization_config in its config.json)"
-        reader.unsupported("quantization_config", method, f"checkpoints must be BF16, F16 or F32; {remedy}")
 
 
 def _moe_layers(reader: ConfigReader) -> tuple[int, ...]:

@@ -1,14 +1,14 @@
 """A checkpoint matched against its family: every tensor accounted for, checked, and read lazily."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kttools.checkpoint import Checkpoint, TensorInfo
+from kttools.checkpoint import Info, Weights
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError
 
@@ -30,8 +30,8 @@ class TensorSource:
 
     name: str
     role: Role
-    info: TensorInfo
-    checkpoint: Checkpoint
+    info: Info
+    checkpoint: Weights
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,14 +50,20 @@ class TensorSource:
         return self.info.file
 
     def read(self) -> torch.Tensor:
-        """The tensor as stored (bf16, f16 or f32) in fresh memory."""
+        """The tensor in bf16, f16 or f32 (`dtype`) in fresh memory."""
         return self.checkpoint.read(self.info.name)
+
+    def read_rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows [begin, end) of the leading dimension."""
+        return self.checkpoint.read_rows(self.info.name, begin, end)
 
 
 class SourceModel:
     """What quantize works from. Construction checks everything that headers can show; data is read on demand.
 
-    Picklable, safe to share between threads. Raises InvalidInputError naming tensor, file, expected and got.
+    path: the directory or file the user named; config_dir: where config and tokenizer files lie, None when
+    the checkpoint brings its own (tokenizer_data: their content by name). Picklable, safe to share between
+    threads. Raises InvalidInputError naming tensor, file, expected and got.
     """
 
     def __init__(
@@ -67,12 +73,17 @@ class SourceModel:
         config: ModelConfig,
         source_config: dict[str, Any],
         notices: list[str],
+        checkpoint: Weights,
+        config_dir: Path | None,
+        tokenizer_data: Mapping[str, bytes] | None = None,
     ) -> None:
         self.path = path
+        self.config_dir = config_dir
+        self.tokenizer_data = dict(tokenizer_data or {})
         self.family = family.name
         self.config = config
         self.source_config = source_config
-        self.checkpoint = Checkpoint.open(path)
+        self.checkpoint = checkpoint
         matcher = _Matcher(family, config, self.checkpoint)
         self.tensors = matcher.device_tensors()
         self._layouts = {layer: matcher.layout(layer) for layer in config.moe_layers}
@@ -80,7 +91,7 @@ class SourceModel:
         self._expert_dtypes = frozenset(matcher.expert_dtypes)
         self.notices = notices + matcher.notices()
         self.source_bytes = matcher.source_bytes
-        if "tokenizer.json" not in self.tokenizer_files:
+        if "tokenizer.json" not in self.tokenizer_names:
             self.notices.append(
                 f"{path}: no tokenizer.json; a bundle made of it can compute but not read or write text"
             )
@@ -98,7 +109,8 @@ class SourceModel:
     def files(self) -> tuple[Path, ...]:
         """Every file the result depends on: config, index, shards."""
         index = self.checkpoint.index_file
-        configs = [self.path / name for name in ("config.json", "generation_config.json")]
+        names = ("config.json", "generation_config.json") if self.config_dir else ()
+        configs = [self.config_dir / name for name in names if self.config_dir]
         return (
             *(file for file in configs if file.is_file()),
             *((index,) if index else ()),
@@ -108,8 +120,15 @@ class SourceModel:
     @property
     def tokenizer_files(self) -> dict[str, Path]:
         """Name in the bundle's tokenizer/ -> file, for those that exist."""
-        found = {name: self.path / name for name in TOKENIZER_FILES}
+        if self.config_dir is None:
+            return {}
+        found = {name: self.config_dir / name for name in TOKENIZER_FILES}
         return {name: file for name, file in found.items() if file.is_file()}
+
+    @property
+    def tokenizer_names(self) -> list[str]:
+        """Files of the bundle's tokenizer/, copied or rebuilt."""
+        return sorted({*self.tokenizer_files, *self.tokenizer_data})
 
     def read_expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """gate [I, H], up [I, H], down [H, I] as stored; nothing else of the layer is read.
@@ -149,7 +168,7 @@ class SourceModel:
 class _Matcher:
     """Takes tensors out of the checkpoint's names until none is left; what remains must have a reason."""
 
-    def __init__(self, family: Family, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    def __init__(self, family: Family, config: ModelConfig, checkpoint: Weights) -> None:
         self.family = family
         self.config = config
         self.checkpoint = checkpoint
@@ -202,7 +221,7 @@ class _Matcher:
             for expert in experts:
                 yield prefix + name.format(expert=expert), shape
 
-    def _take(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    def _take(self, name: str, shape: tuple[int, ...]) -> Info:
         if name not in self.checkpoint:
             where = self.checkpoint.index_file or self.checkpoint.files[0]
             raise InvalidInputError(f"{where}: tensor {name} is missing, expected shape {list(shape)}")
@@ -215,5 +234,5 @@ class _Matcher:
                 f"{info.file}: tensor {name}: expected dtype {', '.join(READABLE_DTYPES)}, got {info.dtype}"
             )
         self.matched.add(name)
-        self.source_bytes += info.bytes
+        self.source_bytes += self.checkpoint.stored(name).bytes
         return info

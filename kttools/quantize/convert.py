@@ -1,7 +1,7 @@
 """One piece of work: an expert into a pack, or rows of a tensor into a shard; and the error of that."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from kttools_runtime import _kernels
 from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.experts import as_numpy
 from kttools_runtime.pack_writer import PackWriter
-from kttools_runtime.safetensors_file import read_tensor
 
 from .plan import ROWS_BYTES, PackPlan
 from .report import BLOCK_ELEMENTS, ErrorSums, TensorError, as_float32, error_sums
@@ -68,7 +67,7 @@ def split_rows(tensor: ShardTensor) -> list[Rows]:
 def convert_rows(source: SourceModel, rows: Rows, group_size: int, writer: ShardWriter) -> ErrorSums:
     """Reads, quantises and writes some rows. Raises InvalidInputError as convert_expert does."""
     tensor = rows.tensor
-    array = kernel_array(_read_rows(rows), keep_f16=tensor.format is None)
+    array = kernel_array(tensor.source.read_rows(rows.begin, rows.end), keep_f16=tensor.format is None)
     name = tensor.source.name
     try:
         parts, stored = _STORE[tensor.format](array, group_size)
@@ -117,14 +116,6 @@ def checked_sums(
     if bad:
         _raise_not_finite(source, name, (bad[0] + first_row, *bad[1:]))
     raise InvalidInputError(f"{source.path}: tensor {name}: a weight is too large for {format_name}")
-
-
-def _read_rows(rows: Rows) -> torch.Tensor:
-    info = rows.tensor.source.info
-    row_bytes = info.bytes // info.shape[0]
-    shape = (rows.end - rows.begin, *info.shape[1:])
-    offset = info.offset + rows.begin * row_bytes
-    return read_tensor(replace(info, shape=shape, offset=offset, bytes=shape[0] * row_bytes))
 
 
 Stored = tuple[tuple[np.ndarray, ...], np.ndarray]

@@ -67,7 +67,8 @@ class Plan:
 
     @property
     def tokenizer_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.source.tokenizer_files.values())
+        copied = sum(file.stat().st_size for file in self.source.tokenizer_files.values())
+        return copied + sum(len(data) for data in self.source.tokenizer_data.values())
 
     @property
     def report_bytes_estimate(self) -> int:

@@ -196,8 +196,9 @@ class Quantizer:
         digests = {path: finished.digest for path, finished in self._finished.items()}
         errors = [error for path in self._paths() for error in self._finished[path].errors]
         digests[f"shards/{INDEX_NAME}"] = self._write_small(f"shards/{INDEX_NAME}", plan.index)
-        for name, file in plan.source.tokenizer_files.items():
-            data = read_bounded(file, MAX_TOKENIZER_FILE_BYTES)
+        files = plan.source.tokenizer_files.items()
+        copied = {name: read_bounded(file, MAX_TOKENIZER_FILE_BYTES) for name, file in files}
+        for name, data in (plan.source.tokenizer_data | copied).items():
             digests[f"tokenizer/{name}"] = self._write_small(f"tokenizer/{name}", data)
         report = report_bytes(plan.recipe.to_dict(), errors)
         digests[REPORT_NAME] = self._write_small(REPORT_NAME, report)

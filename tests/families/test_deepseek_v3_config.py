@@ -179,7 +179,6 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         "not a key of default rope",
     ),
-    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config 'fp8' .* use a BF16 checkpoint"),
     ({"sliding_window": 4096}, "sliding_window 4096 is not supported: it changes results"),
     ({"index_topk": 2048}, "index_topk 2048 is not supported"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
