@@ -112,8 +112,10 @@ def _cut(rows: Rows) -> Rows:
 
 def _model(model: dict[str, Any]) -> Rows:
     moe = len(model["moe_layers"])
-    yarn = model["rope_scaling"]
+    scaling = model["rope_scaling"]
     context = f"{model['max_position_embeddings']} tokens"
+    if scaling:
+        context += f", {scaling.get('rope_type', 'yarn')} factor {scaling['factor']:g}"
     experts = (
         f"{model['n_routed_experts']} routed, {model['num_experts_per_tok']} per token, "
         f"{model['n_shared_experts']} shared, {model['topk_group']} of {model['n_group']} groups"
@@ -121,14 +123,20 @@ def _model(model: dict[str, Any]) -> Rows:
     return [
         ("layers", f"{model['num_hidden_layers']} ({model['num_hidden_layers'] - moe} dense, {moe} MoE)"),
         ("hidden_size", f"{model['hidden_size']}, moe_intermediate_size {model['moe_intermediate_size']}"),
-        (
-            "attention",
-            f"{model['attention']}, {model['num_attention_heads']} heads, latent {model['kv_lora_rank']}",
-        ),
+        ("attention", _attention(model)),
         ("router", f"{model['router']}: {experts}"),
-        ("context", f"{context}, yarn factor {yarn['factor']:g}" if yarn else context),
+        ("context", context),
         ("vocabulary", str(model["vocab_size"])),
     ]
+
+
+def _attention(model: dict[str, Any]) -> str:
+    heads = f"{model['attention']}, {model['num_attention_heads']} heads"
+    if model["attention"] == "mla":
+        return f"{heads}, latent {model['kv_lora_rank']}"
+    head_dim = model["qk_nope_head_dim"] + model["qk_rope_head_dim"]
+    window = f", window {model['sliding_window']}" if "sliding_window" in model else ""
+    return f"{heads} of {head_dim} on {model['num_key_value_heads']} key heads{window}"
 
 
 def _parameters(parameters: dict[str, Any]) -> Rows:

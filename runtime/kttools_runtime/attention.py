@@ -76,7 +76,8 @@ class LatentAttention:
         self.kv_norm = self._norm(placement, f"{prefix}.kv_a_layernorm", latent)
 
     def _norm(self, placement: Placement, name: str, size: int) -> RMSNorm:
-        return RMSNorm(placement.vector(f"{name}.weight", size), self.config.rms_norm_eps)
+        eps = self.config.latent_norm_eps or self.config.rms_norm_eps
+        return RMSNorm(placement.vector(f"{name}.weight", size), eps)
 
     def _split_kv_b(self, kv_b: Tensor, placement: Placement) -> None:
         """W_UK [heads, qk_nope_head_dim, kv_lora_rank] and W_UV [heads, v_head_dim, kv_lora_rank].

@@ -1,4 +1,4 @@
-"""The compressed key/value cache of multi-head latent attention."""
+"""The key/value cache."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,10 @@ from .errors import InvalidInputError
 
 
 class KVCache:
-    """One sequence. Per layer [capacity, kv_lora_rank + qk_rope_head_dim]: the normed latent, then the
-    rotated key.
+    """One sequence. Per layer [capacity, cache_width], a row per token.
+
+    Attention mla: the normed latent, then the rotated key. gqa: the rotated keys of all key heads, then the
+    values.
 
     Memory is reserved, not touched: an operating system that commits lazily charges only for the tokens held.
     """
@@ -17,7 +19,7 @@ class KVCache:
     __slots__ = ("capacity", "layers", "length")
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        width = config.kv_lora_rank + config.qk_rope_head_dim
+        width = config.cache_width
         self.capacity = capacity
         self.length = 0
         self.layers: list[Tensor] = [

@@ -63,11 +63,11 @@ class ExpertTable:
     document: dict[str, Any]
 
 
-def model_fingerprint(config: ModelConfig, routers: Mapping[int, tuple[Tensor, Tensor]]) -> str:
+def model_fingerprint(config: ModelConfig, routers: Mapping[int, tuple[Tensor, ...]]) -> str:
     """SHA-256 (hex) of a model as far as a table depends on it: its config and its routers.
 
-    routers: (weight [n_routed_experts, hidden_size], e_score_correction_bias) by MoE layer, hashed as
-    float32. Two bundles of one checkpoint in different formats have the same fingerprint.
+    routers: (weight [n_routed_experts, hidden_size], e_score_correction_bias if there is one) by MoE layer,
+    hashed as float32. Two bundles of one checkpoint in different formats have the same fingerprint.
     """
     digest = hashlib.sha256(strict_json.canonical(config.to_dict()))
     for layer in sorted(routers):

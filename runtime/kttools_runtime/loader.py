@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import HardwareError, UnsupportedModelError, UsageError
+from .errors import HardwareError, UsageError
 from .expert_table import locate_table
 from .linear import Placement
 from .manifest import Manifest, load_manifest
@@ -43,7 +43,6 @@ def load(
     if num_experts is not None and expert_table not in (None, "none"):
         raise UsageError("an expert table and a number of experts are both given: use one of them")
     manifest = load_manifest(path)
-    _check_kinds(manifest)
     asked = "none" if num_experts is not None else expert_table
     table = locate_table(asked, manifest.path, list(manifest.files))
     model = _load(manifest, where, DTYPES[dtype], threads, cache_len, num_experts, isa)
@@ -98,14 +97,3 @@ def _device(name: str) -> torch.device:
             f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
         )
     return device
-
-
-def _check_kinds(manifest: Manifest) -> None:
-    """A kind that config.py knows and this runtime lacks must fail here, not inside a layer."""
-    config = manifest.model
-    for key, value, known in (
-        ("attention", config.attention, "mla"),
-        ("router", config.router, "sigmoid_bias_groups"),
-    ):
-        if value != known:
-            raise UnsupportedModelError(f"{manifest.root}: {key} {value!r} is not supported, only {known}")

@@ -11,6 +11,7 @@ from .attention import LatentAttention, Step, causal_mask
 from .cache import KVCache
 from .config import ModelConfig
 from .errors import InvalidInputError, UsageError
+from .gqa import GroupedQueryAttention
 from .linear import Linear, LinearSpec, Placement, TorchLinear
 from .mlp import GatedMLP
 from .moe import MoELayer, RoutedExperts
@@ -29,6 +30,8 @@ DEFAULT_CHUNK_SIZE = 1024
 # Cache length when nobody says: what chat needs, not what max_position_embeddings would reserve.
 DEFAULT_CACHE_LEN = 32768
 
+Attention = LatentAttention | GroupedQueryAttention
+
 
 class DecoderLayer:
     """One transformer layer; the residual stream is float32."""
@@ -38,7 +41,7 @@ class DecoderLayer:
     def __init__(
         self,
         attention_norm: RMSNorm,
-        attention: LatentAttention,
+        attention: Attention,
         mlp_norm: RMSNorm,
         mlp: GatedMLP | MoELayer,
     ) -> None:
@@ -105,7 +108,8 @@ class Model:
         from .expert_table import model_fingerprint
 
         routers = {index: layer.router for index, layer in self.moe_layers.items()}
-        return model_fingerprint(self.config, {i: (r.weight, r.bias) for i, r in routers.items()})
+        tensors = {i: (r.weight,) if r.bias is None else (r.weight, r.bias) for i, r in routers.items()}
+        return model_fingerprint(self.config, tensors)
 
     def use_table(self, table: "str | Path | ExpertTable | None") -> None:
         """Apply an expert table (a file, or one already read) from now on; None: the native router.
@@ -194,7 +198,9 @@ class Model:
         """tokens int64 [T] at the cache's end -> hidden [T, hidden_size] float32 before the last norm."""
         start, num_tokens = cache.length, tokens.shape[0]
         set_torch_threads(self.config, self.dtype, self.threads, start, num_tokens)
-        mask = causal_mask(start, num_tokens, self.dtype, self.device)
+        mask = None  # grouped-query attention makes its own, a block of queries at a time
+        if self.config.attention == "mla":
+            mask = causal_mask(start, num_tokens, self.dtype, self.device)
         step = Step(start, num_tokens, self._rope.rotations(start, num_tokens), mask)
         hidden = self._embedding[tokens].to(torch.float32)
         for layer, rows in zip(self.layers, cache.layers, strict=True):
@@ -252,7 +258,7 @@ def build_model(
     layers = []
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}"
-        attention = LatentAttention(config, placement, f"{prefix}.self_attn")
+        attention = _attention(config, placement, index)
         mlp: GatedMLP | MoELayer
         if config.is_moe(index):
             mlp = MoELayer(config, placement, f"{prefix}.mlp", experts(index), num_experts)
@@ -269,3 +275,10 @@ def build_model(
         head = placement.linear(LinearSpec("lm_head", config.vocab_size), hidden_size)
     final_norm = norm("model.norm")
     return Model(config, placement, embedding, layers, final_norm, head, threads, cache_len, tokenizer_dir)
+
+
+def _attention(config: ModelConfig, placement: Placement, layer: int) -> Attention:
+    prefix = f"model.layers.{layer}.self_attn"
+    if config.attention == "mla":
+        return LatentAttention(config, placement, prefix)
+    return GroupedQueryAttention(config, placement, prefix, config.window(layer))

@@ -5,11 +5,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .config import ModelConfig
 from .linear import Placement
 from .mlp import GatedMLP
-from .routing import SigmoidGroupRouter
+from .routing import make_router
 
 
 class ExpertLayer(Protocol):
@@ -25,6 +26,25 @@ class RoutedExperts:
 
     layer: ExpertLayer
     input_dtype: torch.dtype
+
+
+class SharedExpert:
+    """What every token goes through, times sigmoid(w x) where the config has shared_expert_gate."""
+
+    __slots__ = ("gate", "mlp")
+
+    def __init__(self, config: ModelConfig, placement: Placement, prefix: str) -> None:
+        hidden_size = config.hidden_size
+        name = f"{prefix}.shared_experts"
+        self.mlp = GatedMLP(placement, name, hidden_size, config.shared_intermediate_size)
+        self.gate: Tensor | None = None
+        if config.shared_expert_gate:
+            gate = placement.source.tensor(f"{prefix}.shared_expert_gate.weight", (1, hidden_size))
+            self.gate = gate.to(device=placement.device, dtype=torch.float32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.mlp(x)
+        return out if self.gate is None else out.mul_(functional.linear(x, self.gate).sigmoid_())
 
 
 class MoELayer:
@@ -43,13 +63,14 @@ class MoELayer:
         shape = (config.n_routed_experts, config.hidden_size)
         weight = placement.source.tensor(f"{prefix}.gate.weight", shape)
         weight = weight.to(device=placement.device, dtype=torch.float32)
-        bias = placement.vector(f"{prefix}.gate.e_score_correction_bias", config.n_routed_experts)
-        self.router = SigmoidGroupRouter(config, weight, bias, num_experts)
+        bias = None
+        if config.router == "sigmoid_bias_groups":
+            bias = placement.vector(f"{prefix}.gate.e_score_correction_bias", config.n_routed_experts)
+        self.router = make_router(config, weight, bias, num_experts)
         self.experts = experts
-        self.shared: GatedMLP | None = None
+        self.shared: SharedExpert | None = None
         if config.n_shared_experts:
-            name = f"{prefix}.shared_experts"
-            self.shared = GatedMLP(placement, name, config.hidden_size, config.shared_intermediate_size)
+            self.shared = SharedExpert(config, placement, prefix)
 
     def __call__(self, x: Tensor) -> Tensor:
         expert_ids, weights = self.router(x)

@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv 2104.09864), with YaRN (arXiv 2309.00071) where the config has it.
+"""Rotary positions (arXiv 2104.09864), stretched where the config has a rope_scaling.
 
 The rotation is one complex multiplication of adjacent pairs (x0, x1), (x2, x3), ... in place. Models with
 `rope_interleave` false pair (x_i, x_{i + d/2}) instead: `pair_order` puts such pairs side by side once, in
@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, YarnScaling
+from .config import ModelConfig
+from .rope_scaling import LinearScaling, Llama3Scaling, YarnScaling
 
 
 class Rope:
@@ -58,13 +59,26 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     """float32 [qk_rope_head_dim / 2], in radians per position."""
     dim = config.qk_rope_head_dim
     base = config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    if config.rope_scaling is None:
+    scaling = config.rope_scaling
+    if scaling is None:
         return 1.0 / base
-    kept = _kept_share(config.rope_scaling, dim, config.rope_theta)
-    return kept / base + (1.0 - kept) / (config.rope_scaling.factor * base)
+    if isinstance(scaling, LinearScaling):
+        return 1.0 / (scaling.factor * base)
+    if isinstance(scaling, Llama3Scaling):
+        kept = _llama3_kept_share(scaling, base)
+    else:
+        kept = _yarn_kept_share(scaling, dim, config.rope_theta)
+    return kept / base + (1.0 - kept) / (scaling.factor * base)
 
 
-def _kept_share(yarn: YarnScaling, dim: int, theta: float) -> Tensor:
+def _llama3_kept_share(llama3: Llama3Scaling, base: Tensor) -> Tensor:
+    """float32 [dim / 2]: 1 for pairs with short waves, 0 for those with long ones; base: 1 / frequency."""
+    turns = llama3.original_max_position_embeddings / (2 * math.pi * base)
+    width = llama3.high_freq_factor - llama3.low_freq_factor
+    return ((turns - llama3.low_freq_factor) / width).clamp(0, 1)
+
+
+def _yarn_kept_share(yarn: YarnScaling, dim: int, theta: float) -> Tensor:
     """float32 [dim / 2]: 1 where a pair turns often enough to keep its frequency, 0 where it is scaled."""
 
     def turning(rotations: float) -> float:

@@ -21,6 +21,8 @@ BYTES_PER_US = 16e3
 def attention_us(config: ModelConfig, dtype: torch.dtype, start: int, num_tokens: int) -> float:
     """Estimated time of one layer's attention on one core, in microseconds."""
     heads, context = config.num_attention_heads, start + num_tokens
+    if config.attention == "gqa":
+        return _gqa_us(config, dtype, start, num_tokens)
     kv_b = heads * config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
     if num_tokens == 1:  # absorbed
         macs = context * heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
@@ -28,6 +30,14 @@ def attention_us(config: ModelConfig, dtype: torch.dtype, start: int, num_tokens
         pairs = num_tokens * (start + num_tokens / 2)
         macs = int(context * kv_b + pairs * heads * (config.qk_head_dim + config.v_head_dim))
     return 4 * kv_b / BYTES_PER_US + macs / MACS_PER_US[dtype]  # kv_b's float32 weights are read once
+
+
+def _gqa_us(config: ModelConfig, dtype: torch.dtype, start: int, num_tokens: int) -> float:
+    """Scores and sums of every query with the keys before it; at decode the cache is read once."""
+    pairs = num_tokens * (start + num_tokens / 2)
+    macs = 2 * pairs * config.num_attention_heads * config.qk_head_dim
+    read_bytes = (start + num_tokens) * config.cache_width * dtype.itemsize
+    return max(macs / MACS_PER_US[dtype], read_bytes / BYTES_PER_US)
 
 
 def set_torch_threads(

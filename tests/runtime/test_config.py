@@ -163,8 +163,8 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"num_experts_per_tok": 0}, "num_experts_per_tok must be an integer in 1"),
     ({"hidden_act": "gelu"}, "hidden_act must be one of silu, got 'gelu'"),
-    ({"attention": "gqa"}, "attention must be one of mla, got 'gqa'"),
-    ({"router": "softmax"}, "router must be one of sigmoid_bias_groups, got 'softmax'"),
+    ({"attention": "mha"}, "attention must be one of mla, gqa, got 'mha'"),
+    ({"router": "softmax"}, "router must be one of sigmoid_bias_groups, softmax_groups, got 'softmax'"),
     ({"rope_scaling": YARN | {"beta_slow": 64.0}}, "beta_fast must be at least beta_slow 64, got 32.0"),
     ({"rope_scaling": YARN | {"factor": 0.5}}, "factor must be a finite number of at least 1, got 0.5"),
     ({"rope_scaling": YARN | {"truncate": 1}}, "truncate must be true or false, got 1"),
@@ -184,3 +184,131 @@ def test_mscales_against_their_definition(factor: float, mscale: float, all_dim:
     above, below = (1 + 0.1 * m * math.log(factor) for m in (mscale, all_dim))
     assert scaling.cos_sin_scale == pytest.approx(above / below)
     assert scaling.softmax_mscale == pytest.approx(below)
+
+
+GQA: dict[str, Any] = VALUES | {
+    "attention": "gqa",
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 0,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "router": "softmax_groups",
+}
+DEFAULTED: dict[str, Any] = {
+    "attention_output_bias": True,
+    "qk_norm": True,
+    "sliding_window": 5,
+    "sliding_window_layers": [0, 2],
+    "shared_expert_intermediate_size": 20,
+    "shared_expert_gate": True,
+}
+
+
+def gqa(**changes: Any) -> ModelConfig:
+    return ModelConfig.from_dict(GQA | changes)
+
+
+def test_keys_with_a_default_are_left_out() -> None:
+    """So a config of the first bundles has the same dict, and the same fingerprint, as ever."""
+    assert gqa().to_dict() == GQA
+    assert gqa(**DEFAULTED).to_dict() == GQA | DEFAULTED
+    assert make(latent_norm_eps=1e-5).to_dict() == VALUES | {"latent_norm_eps": 1e-5}
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    assert names == set(VALUES) | set(DEFAULTED) | {"latent_norm_eps"}
+
+
+@pytest.mark.parametrize("key", [*DEFAULTED, "latent_norm_eps"])
+def test_a_stated_default_is_refused(key: str) -> None:
+    default = {f.name: f.default for f in dataclasses.fields(ModelConfig)}[key]
+    stated = list(default) if isinstance(default, tuple) else default
+    with pytest.raises(InvalidInputError, match=f"key '{key}' states its default, leave it out"):
+        gqa(**{key: stated})
+
+
+def test_derived_numbers_of_gqa() -> None:
+    model = gqa(**DEFAULTED)
+    assert (model.qk_head_dim, model.cache_width) == (8, 2 * 2 * 8)
+    assert model.softmax_scale == pytest.approx(8**-0.5)  # mscale_all_dim is for mla alone
+    assert [model.window(layer) for layer in range(4)] == [5, None, 5, None]
+    assert model.shared_intermediate_size == 20
+    assert gqa().window(0) is None
+    assert make().cache_width == 12
+
+
+GQA_RULES: list[tuple[dict[str, Any], str]] = [
+    ({"num_key_value_heads": 4}, "num_key_value_heads must be a divisor of num_attention_heads 6, got 4"),
+    ({"kv_lora_rank": 3}, "kv_lora_rank must be 0 with attention gqa, got 3"),
+    ({"q_lora_rank": 3}, "q_lora_rank must be null with attention gqa, got 3"),
+    ({"latent_norm_eps": 1e-5}, "latent_norm_eps must be null with attention gqa"),
+    ({"v_head_dim": 6}, "v_head_dim must be qk_head_dim 8 with attention gqa, got 6"),
+    ({"qk_rope_head_dim": 3, "v_head_dim": 7}, "qk_rope_head_dim must be an even number, got 3"),
+    ({"sliding_window": 4}, "sliding_window must be given together with sliding_window_layers, got 4"),
+    ({"sliding_window_layers": [1]}, "sliding_window must be given together with sliding_window_layers"),
+    (
+        {"sliding_window": 4, "sliding_window_layers": [4]},
+        "sliding_window_layers must be layers below num_hidden_layers 4, got 4",
+    ),
+    ({"sliding_window": 0, "sliding_window_layers": [1]}, "sliding_window must be null or an integer in 1"),
+    ({"n_shared_experts": 0, "shared_expert_gate": True}, "shared_expert_gate must be absent without shared"),
+    ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type must be absent .yarn. or one of linear, llama3"),
+    ({"rope_scaling": {"rope_type": "yarn"} | YARN}, "rope_type must be absent"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "missing key 'rope_scaling.factor'"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor must be a finite number of at least"),
+    (
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+        },
+        "high_freq_factor must be above low_freq_factor 4, got 4.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), GQA_RULES, ids=lambda value: str(value)[:40])
+def test_rules_of_gqa(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        gqa(**changes)
+
+
+@pytest.mark.parametrize("key", [key for key in DEFAULTED if "shared" not in key])
+def test_keys_of_gqa_are_refused_with_mla(key: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"{key} must be absent with attention mla"):
+        make(**{key: DEFAULTED[key]})
+
+
+@pytest.mark.parametrize("key", ["kv_lora_rank", "qk_nope_head_dim"])
+def test_sizes_of_mla_are_not_0(key: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"{key} must be an integer in 1.* with attention mla, got 0"):
+        make(**{key: 0})
+
+
+def test_a_group_of_one_expert_has_a_best_but_no_best_two() -> None:
+    assert gqa(n_group=12, topk_group=6).n_group == 12
+    with pytest.raises(InvalidInputError, match="groups of at least 2 experts"):
+        gqa(n_group=12, topk_group=6, router="sigmoid_bias_groups")
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+)
+def test_other_rope_scalings_round_trip(scaling: dict[str, Any]) -> None:
+    model = gqa(rope_scaling=scaling)
+    assert model.to_dict()["rope_scaling"] == scaling
+    assert model.rope_cos_sin_scale == 1.0
