@@ -13,6 +13,7 @@ from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
 
 from . import deepseek_v3
 from .base import Family, Role, TensorSpec
+from .canonical import canonical_tensors
 from .source import SourceModel, TensorSource
 
 __all__ = [
@@ -29,8 +30,6 @@ __all__ = [
 
 FAMILIES: tuple[Family, ...] = (deepseek_v3.FAMILY,)
 MAX_CONFIG_BYTES = 10_000_000
-# Whose names a bundle uses, by attention kind.
-_CANONICAL: dict[str, Family] = {"mla": deepseek_v3.FAMILY}
 
 
 def detect(config: dict[str, Any], where: str = "config.json") -> Family:
@@ -49,11 +48,6 @@ def detect(config: dict[str, Any], where: str = "config.json") -> Family:
     got = ", ".join(architectures) or f"model_type {model_type!r}"
     supported = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise UnsupportedModelError(f"{where}: architecture {got:.200} is not supported; supported: {supported}")
-
-
-def canonical_tensors(config: ModelConfig) -> list[TensorSpec]:
-    """Every non-expert tensor of a bundle with this config, under the names of the kind's first family."""
-    return _CANONICAL[config.attention].device_tensors(config)
 
 
 def open_model(path: str | Path) -> SourceModel:

@@ -34,11 +34,15 @@ _LINEAR_ROLES = frozenset({Role.ATTENTION, Role.DENSE_MLP, Role.SHARED_EXPERT, R
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A non-expert tensor the runtime needs: canonical name (also the checkpoint's), role and shape."""
+    """A non-expert tensor the runtime needs: canonical name, role and shape.
+
+    source_names: what checkpoints call it, the hub's name first; empty: the canonical name.
+    """
 
     name: str
     role: Role
     shape: tuple[int, ...]
+    source_names: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:

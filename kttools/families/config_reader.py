@@ -36,6 +36,13 @@ class ConfigReader:
     def boolean(self, key: str, default: Any = REQUIRED) -> bool:
         return self._typed(key, default, (bool,), "true or false")
 
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of integers; () when absent or null."""
+        value = self._typed(key, None, (list, type(None)), "a list of integers or null") or []
+        if not all(type(item) is int for item in value):
+            self.wrong(key, "a list of integers or null", value)
+        return tuple(value)
+
     def text(self, key: str, default: Any = REQUIRED) -> str:
         return self._typed(key, default, (str,), "a string")
 

@@ -12,7 +12,7 @@ from kttools.checkpoint import Info, Weights
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError
 
-from .base import ExpertLayout, ExpertPart, Family, Role
+from .base import ExpertLayout, ExpertPart, Family, Role, TensorSpec
 
 READABLE_DTYPES = ("BF16", "F16", "F32")
 TOKENIZER_FILES = (
@@ -180,9 +180,14 @@ class _Matcher:
     def device_tensors(self) -> list[TensorSource]:
         sources = []
         for spec in self.family.device_tensors(self.config):
-            info = self._take(spec.name, spec.shape)
+            info = self._take(self._source_name(spec), spec.shape)
             sources.append(TensorSource(spec.name, spec.role, info, self.checkpoint))
         return sources
+
+    def _source_name(self, spec: TensorSpec) -> str:
+        """The first of its names that is there; the hub's when none is."""
+        names = spec.source_names or (spec.name,)
+        return next((name for name in names if name in self.checkpoint), names[0])
 
     def layout(self, layer: int) -> ExpertLayout:
         """The layout this layer uses: the first of which any tensor is present; then all of it must be."""
