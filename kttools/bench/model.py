@@ -69,7 +69,7 @@ def model_type(bundle: Path) -> str:
     from kttools_runtime.manifest import load_manifest
 
     manifest = load_manifest(bundle)
-    formats = sorted({entry.format for entry in manifest.experts.values()})
+    formats = sorted({name for entry in manifest.experts.values() for name in entry.names})
     linears = sorted(set(manifest.linears.values())) or ["bf16"]
     return f"experts {'+'.join(formats) or 'none'}, shards {'+'.join(linears)}"
 

@@ -62,7 +62,7 @@ def _bundle(root: Path) -> dict[str, Any]:
         },
         "recipe": manifest.recipe,
         "experts": {
-            str(layer): {"file": expert.file, "format": expert.format, "bytes": sizes[expert.file]}
+            str(layer): expert.to_dict() | {"bytes": sizes[expert.file]}
             for layer, expert in sorted(manifest.experts.items())
         },
         "linears": dict(sorted(Counter(manifest.linears.values()).items())),
@@ -74,10 +74,18 @@ def _bundle(root: Path) -> dict[str, Any]:
 
 
 def _bytes_by_format(manifest: Manifest, shards: Checkpoint) -> dict[str, int]:
-    """Bytes on disk per format: packs by expert format, linears by theirs, other tensors by dtype."""
+    """Bytes on disk per format: packs by expert format, linears by theirs, other tensors by dtype.
+
+    A pack of several formats is counted expert by expert, its header with the format of its first.
+    """
     found: Counter[str] = Counter()
     for expert in manifest.experts.values():
-        found[f"experts {expert.format}"] += manifest.files[expert.file].bytes
+        rest = manifest.files[expert.file].bytes
+        entries = read_pack_header(manifest.root / expert.file).experts if expert.formats else ()
+        for name, entry in zip(expert.formats, entries, strict=True):
+            found[f"experts {name}"] += entry.bytes
+            rest -= entry.bytes
+        found[f"experts {(expert.formats or (expert.format,))[0]}"] += rest
     for name in shards.names():
         info = shards.info(name)
         format_name = manifest.linears.get(name.rpartition(".")[0])

@@ -41,7 +41,7 @@ def build_manifest(
         "model": config.to_dict(),
         "source": {"config": source_config, "files": source_files},
         "recipe": recipe,
-        "experts": {str(layer): {"file": e.file, "format": e.format} for layer, e in experts.items()},
+        "experts": {str(layer): expert.to_dict() for layer, expert in experts.items()},
         "linears": linears,
         "files": [
             {"path": path, "bytes": d.bytes, "xxh3_128": d.xxh3_128, "sha256": d.sha256}

@@ -1,5 +1,6 @@
 """The documents of inspect.py as text for a terminal."""
 
+from collections import Counter
 from typing import Any
 
 MANY_ROWS = 20
@@ -61,10 +62,15 @@ def _bundle(report: dict[str, Any]) -> Rows:
 def _packs(experts: dict[str, Any]) -> str:
     if not experts:
         return "none"
-    formats = sorted({entry["format"] for entry in experts.values()})
-    return (
-        f"{len(experts)} layers, {', '.join(formats)}, {size(max(e['bytes'] for e in experts.values()))} each"
-    )
+    counts: Counter[str] = Counter()
+    for entry in experts.values():
+        counts.update(entry.get("formats", ()))
+    uniform = {entry["format"] for entry in experts.values() if "formats" not in entry}
+    mixed = f"mixed ({', '.join(f'{n} {name}' for name, n in sorted(counts.items()))})"
+    formats = [*sorted(uniform), *([mixed] if counts else [])]
+    found = sorted({entry["bytes"] for entry in experts.values()})
+    each = f"{size(found[-1])} each" if len(found) == 1 else f"{size(found[0])} to {size(found[-1])} each"
+    return f"{len(experts)} layers, {', '.join(formats)}, {each}"
 
 
 def _checkpoint(report: dict[str, Any]) -> Rows:

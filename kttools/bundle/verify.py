@@ -121,9 +121,9 @@ def _pack_problems(manifest: Manifest, present: set[str]) -> Iterator[str]:
         for key, value in expected.items():
             if getattr(header, key) != value:
                 yield f"{expert.file}: {key}: expected {value} by bundle.json, got {getattr(header, key)}"
-        if set(header.formats) != {expert.format}:
+        if header.formats != (expert.formats or (expert.format,) * header.num_experts):
             got = ", ".join(sorted(set(header.formats)))
-            yield f"{expert.file}: format: expected {expert.format} by bundle.json, got {got}"
+            yield f"{expert.file}: format: expected {', '.join(expert.names)} by bundle.json, got {got}"
 
 
 def _shard_problems(manifest: Manifest, present: set[str]) -> Iterator[str]:

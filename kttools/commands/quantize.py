@@ -50,6 +50,12 @@ CPU_FORMATS = ("int8", "bf16", "int4", "int4_g32", "int4_g64", "int4_g128")
     help="Inputs per scale of --gpu-format int4.",
 )
 @click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Formats of single experts and linears: lines PATTERN = FORMAT; see docs/recipes.md.",
+)
+@click.option(
     "--workers", type=click.IntRange(1, 1024), default=1, show_default=True, help="Experts in work at a time."
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -72,6 +78,7 @@ def _run(
     cpu_format: str,
     gpu_format: str,
     group_size: str,
+    recipe: Path | None,
     workers: int,
     dry_run: bool,
     force: bool,
@@ -85,7 +92,7 @@ def _run(
     source = open_model(resolve_model(model))
     for line in source.notices:
         options.notice(line)
-    plan = make_plan(source, make_recipe(cpu_format, gpu_format, int(group_size)), workers)
+    plan = make_plan(source, make_recipe(cpu_format, gpu_format, int(group_size), recipe), workers)
     quantizer = Quantizer(plan, output, force)
     resources = quantizer.resources()
     if not as_json:

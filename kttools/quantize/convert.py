@@ -27,20 +27,21 @@ def convert_expert(source: SourceModel, pack: PackPlan, expert: int, writer: Pac
     """
     arrays = [kernel_array(tensor) for tensor in source.read_expert(pack.layer, expert)]
     names = [f"model.layers.{pack.layer}.mlp.experts.{expert}.{name}.weight" for name in PROJECTIONS]
+    format_name = pack.formats[expert]
     blob = np.empty(pack.header.experts[expert].bytes, dtype=np.uint8)
     try:
         gate, up, down = arrays
-        _kernels.pack_expert(pack.format, gate, up, down, blob)
+        _kernels.pack_expert(format_name, gate, up, down, blob)
     except ValueError as error:
         _raise_for_weights(source, zip(names, arrays, strict=True), error)
     writer.write(expert, blob)
     config = source.config
-    stored = _kernels.unpack_expert(pack.format, blob, config.hidden_size, config.moe_intermediate_size)
+    stored = _kernels.unpack_expert(format_name, blob, config.hidden_size, config.moe_intermediate_size)
     del blob
     errors = []
     for name, array, values in zip(names, arrays, stored, strict=True):
-        sums = checked_sums(error_sums(array, values), source, name, pack.format)
-        errors.append(TensorError.of(name, Role.EXPERT.value, pack.format, array.shape, sums))
+        sums = checked_sums(error_sums(array, values), source, name, format_name)
+        errors.append(TensorError.of(name, Role.EXPERT.value, format_name, array.shape, sums))
     return errors
 
 

@@ -1,6 +1,7 @@
 """Sizes before work: what will be read and written, and the RAM it takes, from shapes alone."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class PackPlan:
 
     path: str
     layer: int
-    format: str
+    formats: tuple[str, ...]
     header: PackHeader
 
     @property
@@ -66,6 +67,17 @@ class Plan:
         return sum(shard.bytes for shard in self.shards) + len(self.index)
 
     @property
+    def expert_formats(self) -> dict[str, int]:
+        """Number of experts by format."""
+        return dict(sorted(Counter(name for pack in self.packs for name in pack.formats).items()))
+
+    @property
+    def linear_formats(self) -> dict[str, int]:
+        """Number of the shards' linears by format."""
+        named = (tensor.format for shard in self.shards for tensor in shard.tensors)
+        return dict(sorted(Counter(name for name in named if name).items()))
+
+    @property
     def tokenizer_bytes(self) -> int:
         copied = sum(file.stat().st_size for file in self.source.tokenizer_files.values())
         return copied + sum(len(data) for data in self.source.tokenizer_data.values())
@@ -89,7 +101,7 @@ class Plan:
         config = self.source.config
         wide = 3 * config.hidden_size * config.moe_intermediate_size * 4
         converted = wide if self.source.expert_dtype == "F16" else 0
-        blob = max(expert.bytes for expert in self.packs[0].header.experts)
+        blob = max(expert.bytes for pack in self.packs for expert in pack.header.experts)
         return max(ROWS_WORKER_BYTES, self.expert_source_bytes + converted + blob + wide + ROWS_BYTES)
 
     @property
@@ -111,28 +123,35 @@ class Plan:
                 "tokenizer": self.tokenizer_bytes,
             },
             "ram_bytes": self.ram_bytes,
-            "packs": [{"path": p.path, "format": p.format, "bytes": p.bytes} for p in self.packs],
+            "packs": [{"path": p.path, "formats": Counter(p.formats), "bytes": p.bytes} for p in self.packs],
+            "formats": {"experts": self.expert_formats, "linears": self.linear_formats},
             "shards": [{"path": f"shards/{s.name}", "bytes": s.bytes} for s in self.shards],
             "notices": list(self.source.notices),
         }
 
 
 def make_plan(source: SourceModel, recipe: Recipe, workers: int = 1) -> Plan:
-    """Reads nothing but what `source` already knows. Raises KTError for sizes no pack can hold."""
+    """Reads nothing but what `source` already knows.
+
+    Raises KTError for sizes no pack can hold and for a rule of the recipe that matches nothing.
+    """
+    experts = [(layer, e) for layer in source.moe_layers for e in range(source.config.n_routed_experts)]
+    recipe.check(experts, [tensor.name for tensor in source.tensors if tensor.role.is_linear])
     shards = shard_files(shard_tensor(tensor, recipe) for tensor in source.tensors)
-    packs = tuple(_pack_plan(source, layer, recipe.cpu_format) for layer in source.moe_layers)
+    packs = tuple(_pack_plan(source, layer, recipe) for layer in source.moe_layers)
     return Plan(source, recipe, packs, shards, index_bytes(shards), workers)
 
 
-def _pack_plan(source: SourceModel, layer: int, format_name: str) -> PackPlan:
+def _pack_plan(source: SourceModel, layer: int, recipe: Recipe) -> PackPlan:
     config = source.config
+    formats = recipe.expert_formats(layer, config.n_routed_experts)
     header = plan_header(
         layer=layer,
         hidden_size=config.hidden_size,
         moe_intermediate_size=config.moe_intermediate_size,
-        formats=[format_name] * config.n_routed_experts,
+        formats=formats,
     )
-    return PackPlan(f"experts/layer-{layer:05d}.ktpack", layer, format_name, header)
+    return PackPlan(f"experts/layer-{layer:05d}.ktpack", layer, formats, header)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +204,9 @@ def find_resources(target: Path, finished_bytes: int = 0, replaced_bytes: int = 
 def render_plan(plan: Plan, resources: Resources) -> str:
     """The plan as text."""
     recipe = plan.recipe
-    experts = f"{len(plan.packs)} packs, {recipe.cpu_format}"
-    shards = f"{len(plan.shards)} shards, {recipe.gpu_format}"
+    experts = f"{len(plan.packs)} packs, {_listed(plan.expert_formats) or recipe.cpu_format}"
+    linears = _listed(plan.linear_formats) if recipe.rules else recipe.gpu_format
+    shards = f"{len(plan.shards)} shards, {linears}"
     if recipe.gpu_format == "int4":
         shards += f" in groups of {recipe.group_size}"
     rows = [
@@ -203,6 +223,14 @@ def render_plan(plan: Plan, resources: Resources) -> str:
             f"{size(resources.ram_available_bytes)} available",
         ),
     ]
+    rows += [("recipe", text) for text in recipe.to_dict().get("rules", ())]
     if resources.finished_bytes:
         rows.append(("finished", f"{size(resources.finished_bytes)} by an earlier run, kept"))
     return "\n".join(f"{name:<13}{value}" for name, value in rows)
+
+
+def _listed(formats: dict[str, int]) -> str:
+    """int8, or 12 int8 and 6 int4_g64."""
+    if len(formats) < 2:
+        return "".join(formats)
+    return " and ".join(f"{count} {name}" for name, count in formats.items())

@@ -6,11 +6,15 @@ gains less for more bytes: of 0.0223, o_proj leaves 0.0198, q_b_proj 0.0197, dow
 0.0207, q_a_proj 0.0215.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kttools.families import Role
 from kttools_runtime.errors import UsageError
+
+from .rules import Rule, check_all_match, deciding, expert_name, linear_name, read_rules
 
 GPU_FORMATS = ("int4", "int8", "bf16")
 GROUP_SIZES = (128, 64, 32)
@@ -56,11 +60,15 @@ EXCEPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What quantize was asked for. cpu_format: a pack format's full name; group_size: of int4 in shards."""
+    """What quantize was asked for. cpu_format: a pack format's full name; group_size: of int4 in shards.
+
+    rules: of a recipe file; they come before everything else here.
+    """
 
     cpu_format: str
     gpu_format: str
     group_size: int
+    rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         if self.gpu_format not in GPU_FORMATS:
@@ -70,10 +78,35 @@ class Recipe:
             expected = ", ".join(map(str, GROUP_SIZES))
             raise UsageError(f"unknown group size {self.group_size}: expected one of {expected}")
 
+    def check(self, experts: Iterable[tuple[int, int]], linears: Iterable[str]) -> None:
+        """Raises InvalidInputError when a rule matches no (layer, expert) and no canonical tensor name."""
+        if self.rules:
+            names = [linear_name(name) for name in linears]
+            check_all_match(self.rules, [*(expert_name(*expert) for expert in experts), *names])
+
+    def expert_formats(self, layer: int, num_experts: int) -> tuple[str, ...]:
+        """The pack format of each expert of a model layer."""
+        return tuple(self._expert_format(layer, expert) for expert in range(num_experts))
+
+    def _expert_format(self, layer: int, expert: int) -> str:
+        from kttools_runtime.experts import pack_format
+
+        rule = deciding(self.rules, expert_name(layer, expert))
+        return pack_format(rule.format) if rule else self.cpu_format
+
+    def shard_group_size(self, name: str) -> int:
+        """Inputs per group where this linear is int4."""
+        rule = deciding(self.rules, linear_name(name))
+        group = rule.format.partition("_g")[2] if rule else ""
+        return int(group) if group else self.group_size
+
     def shard_format(self, name: str, role: Role, shape: tuple[int, ...]) -> str | None:
         """Format of a shard's linear by its canonical tensor name; None: stored as the source has it."""
         if not role.is_linear:
             return None
+        rule = deciding(self.rules, linear_name(name))
+        if rule:
+            return rule.format.partition("_")[0]
         if min(shape) < SMALLEST_SIDE:
             return "bf16"
         base = name.removesuffix(".weight")
@@ -85,17 +118,23 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """What the manifest records."""
         exceptions = {e.suffix: e.format for e in EXCEPTIONS if e.instead_of == self.gpu_format}
-        return {
+        document: dict[str, Any] = {
             "cpu_format": self.cpu_format,
             "gpu_format": self.gpu_format,
             "group_size": self.group_size,
             "exceptions": exceptions,
             "smallest_side": SMALLEST_SIDE,
         }
+        if self.rules:
+            document["rules"] = [f"{rule.pattern} = {rule.format}" for rule in self.rules]
+        return document
 
 
-def make_recipe(cpu_format: str, gpu_format: str, group_size: int) -> Recipe:
-    """From the user's words ("int4" for experts is the group size measured best). Raises UsageError."""
+def make_recipe(cpu_format: str, gpu_format: str, group_size: int, rules: Path | None = None) -> Recipe:
+    """From the user's words ("int4" for experts is the group size measured best); rules: a recipe file.
+
+    Raises UsageError, and InvalidInputError for a file that is no recipe.
+    """
     from kttools_runtime.experts import pack_format
 
-    return Recipe(pack_format(cpu_format), gpu_format, group_size)
+    return Recipe(pack_format(cpu_format), gpu_format, group_size, read_rules(rules) if rules else ())

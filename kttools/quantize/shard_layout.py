@@ -36,11 +36,15 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class ShardTensor:
-    """A source tensor and what it becomes. format: None when it is stored as the source has it."""
+    """A source tensor and what it becomes. format: None when it is stored as the source has it.
+
+    group_size: of int4.
+    """
 
     source: TensorSource
     format: str | None
     parts: tuple[StoredTensor, ...]
+    group_size: int
 
     @property
     def base(self) -> str:
@@ -70,10 +74,11 @@ def shard_tensor(source: TensorSource, recipe: Recipe) -> ShardTensor:
     format_name = recipe.shard_format(source.name, source.role, source.shape)
     base = source.name.removesuffix(".weight")
     if format_name is None:
-        return ShardTensor(source, None, (StoredTensor(source.name, source.dtype, source.shape),))
-    parts = _parts(format_name, source.shape, recipe.group_size)
+        return ShardTensor(source, None, (StoredTensor(source.name, source.dtype, source.shape),), 0)
+    group_size = recipe.shard_group_size(source.name)
+    parts = _parts(format_name, source.shape, group_size)
     stored = tuple(StoredTensor(f"{base}.{suffix}", dtype, shape) for suffix, dtype, shape in parts)
-    return ShardTensor(source, format_name, stored)
+    return ShardTensor(source, format_name, stored, group_size)
 
 
 def _parts(

@@ -126,7 +126,7 @@ class Quantizer:
             layer=pack.layer,
             hidden_size=source.config.hidden_size,
             moe_intermediate_size=source.config.moe_intermediate_size,
-            formats=[pack.format] * source.config.n_routed_experts,
+            formats=pack.formats,
         )
 
         def work(expert: int) -> list[TensorError]:
@@ -162,7 +162,7 @@ class Quantizer:
         plan = self.plan
 
         def work(rows: Rows) -> ErrorSums:
-            sums = convert_rows(plan.source, rows, plan.recipe.group_size, writer)
+            sums = convert_rows(plan.source, rows, rows.tensor.group_size, writer)
             self._on_bytes(rows.source_bytes)
             return sums
 
@@ -209,7 +209,7 @@ class Quantizer:
             source_config=plan.source.source_config,
             source_files=source_files,
             recipe=plan.recipe.to_dict(),
-            experts={pack.layer: ExpertFile(pack.path, pack.format) for pack in plan.packs},
+            experts={pack.layer: ExpertFile.of(pack.path, pack.formats) for pack in plan.packs},
             linears={tensor.base: tensor.format for tensor in tensors if tensor.format is not None},
             files=digests,
         )

@@ -69,8 +69,8 @@ def _load(
 
     def experts(layer: int) -> RoutedExperts:
         # int8 and int4 kernels quantise their input themselves: rounding it to bf16 first would only lose
-        # bits.
-        is_bf16 = manifest.experts[layer].format == "bf16"
+        # bits. bf16 experts among them need it for the matrix unit.
+        is_bf16 = "bf16" in manifest.experts[layer].names
         mapped = engine.layer_from_pack(manifest.expert_path(layer))
         return RoutedExperts(mapped, dtype if is_bf16 else torch.float32)
 

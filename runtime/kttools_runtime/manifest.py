@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ VERSION = 1
 MAX_MANIFEST_BYTES = 64_000_000
 MAX_PATH_BYTES = 512
 LINEAR_FORMATS = ("bf16", "int8", "int4")
+MIXED = "mixed"
 
 KEYS = frozenset(
     {
@@ -54,10 +56,30 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class ExpertFile:
-    """The pack of one MoE layer: its path in the bundle and the expert format."""
+    """The pack of one MoE layer: its path in the bundle and the expert format.
+
+    format: MIXED where experts differ; then `formats` gives one for each expert, else it is empty.
+    """
 
     file: str
     format: str
+    formats: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, file: str, formats: Sequence[str]) -> "ExpertFile":
+        """From the format of each expert."""
+        is_mixed = len(set(formats)) > 1
+        return cls(file, MIXED, tuple(formats)) if is_mixed else cls(file, formats[0])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The different formats in it, sorted."""
+        return tuple(sorted(set(self.formats))) or (self.format,)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As bundle.json has it."""
+        uniform = {"file": self.file, "format": self.format}
+        return uniform | {"formats": list(self.formats)} if self.formats else uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +257,29 @@ class _Reader:
             )
         experts: dict[int, ExpertFile] = {}
         for layer, entry in listed.items():
-            if not isinstance(entry, dict) or set(entry) != {"file", "format"}:
+            if not isinstance(entry, dict) or set(entry) - {"formats"} != {"file", "format"}:
                 _corrupt(self.where, f"experts.{layer} must give file and format")
             if not isinstance(entry["file"], str) or entry["file"] not in files:
                 _corrupt(self.where, f"experts.{layer}: {entry['file']!r:.200} is not in files")
             self._check_word(entry["format"], f"experts.{layer}.format")
-            experts[int(layer)] = ExpertFile(entry["file"], entry["format"])
+            formats = self._expert_formats(entry, f"experts.{layer}", model.n_routed_experts)
+            experts[int(layer)] = ExpertFile(entry["file"], entry["format"], formats)
         return experts
+
+    def _expert_formats(self, entry: dict[str, Any], what: str, num_experts: int) -> tuple[str, ...]:
+        """The formats of a mixed pack, one for each expert; () for any other."""
+        if entry["format"] != MIXED:
+            if "formats" in entry:
+                _corrupt(self.where, f"{what}: formats are for a {MIXED} pack only")
+            return ()
+        formats = entry.get("formats")
+        if not isinstance(formats, list) or len(formats) != num_experts:
+            _corrupt(self.where, f"{what}.formats must give a format for each of {num_experts} experts")
+        for name in formats:
+            self._check_word(name, f"{what}.formats")
+        if len(set(formats)) < 2 or MIXED in formats:
+            _corrupt(self.where, f"{what}.formats: expected different formats of a {MIXED} pack")
+        return tuple(formats)
 
     def _linears(self) -> dict[str, str]:
         linears = self._object("linears")

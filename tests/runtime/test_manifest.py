@@ -90,6 +90,11 @@ def paths(*values: Any) -> list[dict[str, Any]]:
     return json.loads(json.dumps(DOCUMENT["files"])) + listed
 
 
+def mixed(*formats: Any) -> dict[str, Any]:
+    return {"file": "experts/layer-00003.ktpack", "format": "mixed", "formats": list(formats)}
+
+
+NUM_EXPERTS = VALUES["n_routed_experts"]
 PLAIN = "is not a plain relative path"
 ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "other format": (change("format", to="zip"), "not a kttools-bundle manifest"),
@@ -122,6 +127,30 @@ ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "expert format": (
         change("experts", "3", "format", to="In T"),
         "experts.3.format: expected a format name",
+    ),
+    "mixed without formats": (
+        change("experts", "3", "format", to="mixed"),
+        "experts.3.formats must give a format for each of",
+    ),
+    "formats of too few experts": (
+        change("experts", "3", to=mixed("int8", "bf16")),
+        "experts.3.formats must give a format for each of",
+    ),
+    "formats all the same": (
+        change("experts", "3", to=mixed(*["int8"] * NUM_EXPERTS)),
+        "expected different formats of a mixed pack",
+    ),
+    "formats mixed again": (
+        change("experts", "3", to=mixed("mixed", *["int8"] * (NUM_EXPERTS - 1))),
+        "expected different formats of a mixed pack",
+    ),
+    "formats of a number": (
+        change("experts", "3", to=mixed(4, *["int8"] * (NUM_EXPERTS - 1))),
+        "experts.3.formats: expected a format name",
+    ),
+    "formats of a uniform pack": (
+        change("experts", "3", "formats", to=["int4_g32"] * NUM_EXPERTS),
+        "experts.3: formats are for a mixed pack only",
     ),
     "linear format": (change("linears", "lm_head", to="int3"), "expected bf16, int8, int4, got 'int3'"),
     "linear format a list": (change("linears", "lm_head", to=[]), "expected bf16, int8, int4"),
