@@ -1,25 +1,30 @@
 """Documents into shards of statistics: one pass at prefill speed, resumable at every shard."""
 
-import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from kttools_runtime.errors import InvalidInputError
+from kttools_runtime.errors import InvalidInputError, UsageError
 
 from .layerwise import HasTokens, LayerRunner, Window, windows
+from .observed import DEFAULT_EVERY
 from .probes import sample
 from .profile_file import SHARD_FORMAT, VERSION, Arrays, Shard, read_shard, write_shard
-from .recorder import recording
-from .statistics import Stats, add, layer_statistics, lru_sizes
+from .record import Progress, lengths, record
+from .statistics import lru_sizes
 
 SHARD_TOKENS = 16384
-Progress = Callable[[int], object]
+ROUTER_FACTS = (
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "routed_scaling_factor",
+    "norm_topk_prob",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,50 @@ class Part:
 
     def __post_init__(self) -> None:
         if not 1 <= self.index <= self.count:
-            raise InvalidInputError(f"shard {self.index}/{self.count}: expected 1/{self.count} or higher")
+            raise UsageError(f"--shard {self.index}/{self.count}: expected 1/{self.count} or higher")
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """How text is recorded; one profile has one way. gram_every: see kttools.profiling.observed."""
+
+    window_tokens: int
+    gram_every: int = DEFAULT_EVERY
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One shard to make: everything that its bytes depend on, but the model."""
+
+    path: Path
+    header: dict[str, Any]
+    group: list[Window]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.header["tokens"])
+
+    @property
+    def gram_every(self) -> int:
+        return int(self.header["gram_every"])
+
+    @property
+    def is_done(self) -> bool:
+        """The shard is there. Raises InvalidInputError when it was made from other text or another model."""
+        if not self.path.exists():
+            return False
+        there = read_shard(self.path).header
+        for key in ("fingerprint", "text_sha256", "window_tokens", "gram_every"):
+            if there[key] != self.header[key]:
+                raise InvalidInputError(
+                    f"{self.path}: an earlier run wrote it with another {key}; choose a new -o or remove "
+                    "shards/"
+                )
+        return True
+
+    def finish(self, stats: Arrays) -> None:
+        """Writes the shard."""
+        write_shard(self.path, Shard(self.header, stats, sample(self.group)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,105 +118,75 @@ def limited(documents: Iterable[HasTokens], document_tokens: int, budget: int | 
             break
 
 
-def collect(
+def tasks(
     runner: LayerRunner,
     domain: str,
     chosen: Iterable[Window],
     provenance: dict[str, Any],
     output: Path,
     *,
-    window_tokens: int,
+    how: Recording,
     model_name: str,
     part: Part = Part(),
-    on_tokens: Progress = lambda count: None,
+) -> list[Task]:
+    """The shards of one domain that a part of the work has to make, into output/shards."""
+    found = []
+    for number, group in enumerate(split(chosen, SHARD_TOKENS)):
+        if number % part.count == part.index - 1:
+            name = f"{domain}-{number:05d}"
+            header = _header(runner, name, domain, group, provenance, how, model_name)
+            found.append(Task(output / "shards" / f"{name}.safetensors", header, group))
+    return found
+
+
+def collect(
+    runner: LayerRunner, chosen: Sequence[Task], on_tokens: Progress = lambda count: None
 ) -> Collected:
-    """Records one domain into output/shards; shards that are there already are kept.
+    """Makes the shards, one after the other; those that are there already are kept.
 
     Raises InvalidInputError when a shard that is there was made from other text or another model.
     """
     recorded = kept = 0
     seconds = 0.0
-    for number, group in enumerate(split(chosen, SHARD_TOKENS)):
-        if number % part.count != part.index - 1:
-            continue
-        path = output / "shards" / f"{domain}-{number:05d}.safetensors"
-        header = _header(runner, domain, number, group, provenance, window_tokens, model_name)
-        if path.exists():
-            _check_same(path, header)
-            kept += header["tokens"]
-            on_tokens(header["tokens"])
+    for task in chosen:
+        if task.is_done:
+            kept += task.tokens
+            on_tokens(task.tokens)
             continue
         started = time.perf_counter()
-        stats = record(runner, group, on_tokens)
+        task.finish(record(runner, task.group, on_tokens, task.gram_every))
         seconds += time.perf_counter() - started
-        recorded += header["tokens"]
-        write_shard(path, Shard(header, stats, sample(group)))
+        recorded += task.tokens
     return Collected(recorded, kept, seconds)
-
-
-@torch.inference_mode()
-def record(runner: LayerRunner, group: Iterable[Window], on_tokens: Progress = lambda count: None) -> Arrays:
-    """Statistics of some windows, every MoE layer stacked on the first axis."""
-    config = runner.config
-    totals: dict[int, Stats] = {layer: {} for layer in config.moe_layers}
-    with contextlib.ExitStack() as stack:
-        recorders = {i: stack.enter_context(recording(m)) for i, m in runner.model.moe_layers.items()}
-        for window in group:
-            hidden = runner.embed(window.token_ids)
-            for index in range(runner.num_layers):
-                runner.run(index, hidden)
-                if index in recorders:
-                    seen = recorders[index].take()
-                    energy = hidden.square().sum(dim=1)
-                    add(totals[index], layer_statistics(seen, energy, config.n_routed_experts))
-            on_tokens(len(window.token_ids))
-    names = totals[config.moe_layers[0]]
-    return {n: torch.stack([totals[i][n] for i in config.moe_layers]).numpy() for n in names}
 
 
 def _header(
     runner: LayerRunner,
+    name: str,
     domain: str,
-    number: int,
     group: list[Window],
     provenance: dict[str, Any],
-    window_tokens: int,
+    how: Recording,
     model_name: str,
 ) -> dict[str, Any]:
     config, digest = runner.config, hashlib.sha256()
     for window in group:
         digest.update(f"{window.document}\n{len(window.token_ids)}\n".encode())
         digest.update(window.token_ids.numpy().tobytes())
-    facts = (
-        "n_routed_experts",
-        "num_experts_per_tok",
-        "n_group",
-        "topk_group",
-        "routed_scaling_factor",
-        "norm_topk_prob",
-    )
-    router: dict[str, Any] = {name: getattr(config, name) for name in facts}
+    router: dict[str, Any] = {fact: getattr(config, fact) for fact in ROUTER_FACTS}
     router |= {"moe_layers": list(config.moe_layers), "lru_sizes": lru_sizes(config.n_routed_experts)}
     return {
         "format": SHARD_FORMAT,
         "version": VERSION,
-        "id": f"{domain}-{number:05d}",
+        "id": name,
         "domain": domain,
         "documents": len({w.document for w in group}),
-        "tokens": sum(len(w.token_ids) for w in group),
+        "tokens": sum(lengths(group)),
         "text_sha256": digest.hexdigest(),
         "fingerprint": runner.fingerprint,
         "model": {"name": model_name},
         "router": router,
         "provenance": provenance,
-        "window_tokens": window_tokens,
+        "window_tokens": how.window_tokens,
+        "gram_every": how.gram_every,
     }
-
-
-def _check_same(path: Path, header: dict[str, Any]) -> None:
-    there = read_shard(path).header
-    for key in ("fingerprint", "text_sha256", "window_tokens"):
-        if there[key] != header[key]:
-            raise InvalidInputError(
-                f"{path}: an earlier run wrote it with another {key}; choose a new -o or remove shards/"
-            )

@@ -20,6 +20,8 @@ from kttools_runtime import strict_json
 from kttools_runtime.errors import CorruptFileError, InvalidInputError
 from kttools_runtime.version import __version__
 
+from .probes import merge_probes
+
 FORMAT, SHARD_FORMAT, VERSION = "kttools-expert-profile", "kttools-expert-profile-shard", 1
 PROFILE_NAME, SIDECAR_NAME = "profile.expert-profile.json", "profile.safetensors"
 SHARD_KEYS = {
@@ -35,6 +37,7 @@ SHARD_KEYS = {
     "router",
     "provenance",
     "window_tokens",
+    "gram_every",
 }
 TOOL = {"name": "kttools", "version": __version__}
 PROBE = "probe."
@@ -147,7 +150,7 @@ def _sum(shards: list[tuple[Shard, Path]]) -> Profile:
     domains: dict[str, dict[str, Any]] = {}
     for shard, path in shards:
         own = shard.header
-        for key in ("fingerprint", "window_tokens", "router"):
+        for key in ("fingerprint", "window_tokens", "gram_every", "router"):
             if own[key] != first[key]:
                 raise InvalidInputError(f"{path}: {key} differs from {shards[0][1]}: profiles do not mix")
         _add(stats.setdefault(own["domain"], {}), shard.stats)
@@ -171,10 +174,8 @@ def _sum(shards: list[tuple[Shard, Path]]) -> Profile:
             for name, value in sorted(next(iter(stats.values())).items())
         },
         "lru_sizes": first["router"]["lru_sizes"],
-        "recording": {"window_tokens": first["window_tokens"], "tokens_per_second": None},
+        "recording": {"window_tokens": first["window_tokens"], "gram_every": first["gram_every"]},
     }
-    from .probes import merge_probes
-
     return Profile(header, stats, merge_probes([s.probe for s, _ in shards]))
 
 

@@ -1,7 +1,7 @@
-"""Records what the runtime's own experts do: each expert's output apart, with the engine's own numerics.
+"""Records what the runtime's own experts do: every choice, and each expert's output apart for some tokens.
 
-The engine is asked for every (token, expert) pair as a token of its own; the same experts see the
-same rows, so the work is the same, and the layer's result is summed here from the pieces.
+The layer runs as it always does. For the observed tokens the engine runs once more, every (token, expert)
+pair as a token of its own: the same kernels, so the pieces are what the layer's sum is made of.
 """
 
 import contextlib
@@ -13,15 +13,23 @@ from torch import Tensor
 
 from kttools_runtime.moe import ExpertLayer, MoELayer, RoutedExperts
 
-# Expert outputs held at a time, in bytes; 4 and 32 MiB took the same time.
-OUTPUT_BYTES = 4 << 20
+# Expert outputs held at a time, in bytes. Few blocks: each reads the weights of its experts again.
+OUTPUT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the router chose for every token: expert_ids int64 and weights float32, both [T, K]."""
+
+    expert_ids: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One MoE layer on one window, choices in the router's order. T tokens, K choices.
+    """The observed tokens of one MoE layer, choices in the router's order. S tokens, K choices.
 
-    expert_ids int64 [T, K]; weights float32 [T, K]; gram float32 [T, K, K], the inner products of the
+    expert_ids int64 [S, K]; weights float32 [S, K]; gram float32 [S, K, K], the inner products of the
     weighted outputs y_r = w_r o_r.
     """
 
@@ -31,34 +39,51 @@ class Observation:
 
 
 class RecordingExperts:
-    """Stands in for a layer's engine: the same result, and an Observation of the last call."""
+    """Stands in for a layer's engine: the same result, bit for bit, and what the last call showed.
+
+    rows: the tokens to observe, int64 [S]; None: all. The caller sets it before each call.
+    """
 
     def __init__(self, inner: ExpertLayer) -> None:
         self.inner = inner
-        self.observation: Observation | None = None
+        self.rows: Tensor | None = None
+        self._choices: Choices | None = None
+        self._observation: Observation | None = None
 
     def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-        num_tokens, k = expert_ids.shape
-        routed = torch.empty(num_tokens, x.shape[1])
-        gram = torch.empty(num_tokens, k, k)
-        block = max(1, OUTPUT_BYTES // (4 * k * x.shape[1]))
-        for start in range(0, num_tokens, block):
-            rows = slice(start, start + block)
-            parts = self._parts(x[rows], expert_ids[rows], expert_weights[rows])
-            torch.sum(parts, dim=1, out=routed[rows])
-            torch.bmm(parts, parts.transpose(1, 2), out=gram[rows])
-        self.observation = Observation(expert_ids, expert_weights, gram)
+        routed = self.inner.forward(x, expert_ids, expert_weights)
+        self._choices = Choices(expert_ids, expert_weights)
+        if self.rows is not None:
+            x, expert_ids, expert_weights = x[self.rows], expert_ids[self.rows], expert_weights[self.rows]
+        self._observation = self._observe(x, expert_ids, expert_weights)
         return routed
 
     def take(self) -> Observation:
         """The last call's observation, handed over."""
-        seen, self.observation = self.observation, None
+        seen, self._observation = self._observation, None
         if seen is None:
             raise AssertionError("the layer has not run since the last take()")
         return seen
 
+    def take_choices(self) -> Choices:
+        """The last call's choices, handed over."""
+        chosen, self._choices = self._choices, None
+        if chosen is None:
+            raise AssertionError("the layer has not run since the last take_choices()")
+        return chosen
+
+    def _observe(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Observation:
+        num_tokens, k = expert_ids.shape
+        gram = torch.empty(num_tokens, k, k)
+        block = max(1, OUTPUT_BYTES // (4 * k * x.shape[1]))
+        for start in range(0, num_tokens, block):
+            rows = slice(start, start + block)
+            parts = self._parts(x[rows], expert_ids[rows], weights[rows])
+            torch.bmm(parts, parts.transpose(1, 2), out=gram[rows])
+        return Observation(expert_ids, weights, gram)
+
     def _parts(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """y_r of every token, [T, K, hidden_size]."""
+        """y_r of every token, [S, K, hidden_size]."""
         num_tokens, k = expert_ids.shape
         # A copy of the expanded view takes a quarter of repeat_interleave's time.
         repeated = x[:, None].expand(-1, k, -1).reshape(num_tokens * k, -1)
