@@ -1,315 +1,226 @@
-"""From a profile to tables: sensitivities on the probe documents, then experts where they count most."""
+"""From a profile to policies: experts where they count most, at a given mean, with the scales that fit.
+
+Which ingredients a table has is a Recipe; kttools.profiling.ingredients chooses it by measurement.
+"""
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kttools_runtime.errors import InvalidInputError, UsageError
 from kttools_runtime.expert_policy import LayerPolicy
 
-from .knapsack import allocate_exact
+from .candidates import Say
+from .knapsack import allocate_exact, share_evenly
 from .layerwise import LayerRunner, Policies, Window
 from .measure import Judge, Measured
+from .measured_file import MeasuredFiles
+from .observe import observe
 from .pricing import counted_scales, prefix_errors, prefix_scales
-from .probes import probe_windows
 from .profile_file import Profile
-from .recorder import Observation, recording
-from .sensitivity import Sensitivity, sensitivities
+from .sensitivity import Sensitivity, kept_sensitivities, sensitivities
+from .statistics import by_rank
 
-# A change is kept when its paired gain on the probe documents is this many standard errors from nothing.
-SIGNIFICANT = 2.0
-REFINEMENTS = 6
-CALIBRATION_TOLERANCE = 0.01
-Say = Callable[[str], object]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A table in the making, and what it measured on the probe documents."""
-
-    name: str
-    policies: Policies
-    measured: Measured
+CALIBRATION_TOLERANCE = 0.004
+CALIBRATION_STEPS = 6
+# An expert's typical norm is the mean of what was seen and this many sights of the layer's mean.
+NORM_SHRINKAGE = 32.0
 
 
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """Everything the table's provenance tells."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recipe:
+    """What measurement decides. scaled: kept weights are multiplied by alpha instead of renormalised.
 
-    static: Candidate
-    adaptive: Candidate
-    candidates: list[Candidate]
-    sensitivity: dict[int, Sensitivity]
-    steps: list[str]
+    protect: by MoE layer, bool [n_routed_experts], experts that are ranked first; None: none.
+    """
 
-    @property
-    def best(self) -> Candidate:
-        return min((self.static, self.adaptive), key=lambda c: c.measured.kl_mean)
+    order: str = "weight"
+    scaled: bool = True
+    protect: dict[int, Tensor] | None = None
 
 
 class Allocator:
-    """Makes tables of one mean; the expensive parts (forks, observations) are made once."""
+    """Makes policies of any mean; the expensive parts (forks, observations) are made once.
 
-    def __init__(self, runner: LayerRunner, profile: Profile, say: Say = lambda line: None) -> None:
+    store: a directory where measurements and forks are kept for a later run, or None.
+    """
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        profile: Profile,
+        windows: list[Window],
+        store: Path | None = None,
+        say: Say = lambda line: None,
+    ) -> None:
         if profile.header["fingerprint"] != runner.fingerprint:
             raise InvalidInputError("the profile was made of another model: its fingerprint differs")
-        self.runner, self.say = runner, say
+        self.runner, self.profile, self.say, self.windows = runner, profile, say, windows
         self.layers = list(runner.config.moe_layers)
         self.native = runner.config.num_experts_per_tok
-        self.windows = probe_windows(profile.trace)
-        self.judge = Judge(runner, self.windows)
-        self.gram = {name: _balanced(profile, f"gram_{name}") for name in ("choice", "weight")}
-        self.mean_norm2 = _balanced_ratio(profile, "sum_norm2", "count")
-        self.observed = observe(runner, self.windows)
-        self.steps: list[str] = []
-        self.sensitivity = self._sensitivities()
+        files = None if store is None else MeasuredFiles(store, runner.fingerprint, windows)
+        self.judge = Judge(runner, windows, files)
+        self._gram = {name: _balanced(profile, f"gram_{name}") for name in ("choice", "weight")}
+        # How many sights of an expert stand behind its norms: not every token's outputs are looked at.
+        self._sights = "observed_count" if "observed_count" in profile.pooled() else "count"
+        self._mean_norm2 = _balanced_ratio(profile, "sum_norm2", "count")
+        self._pooled = profile.pooled()
+        self.observed = observe(runner, windows)
+        self._offsets: dict[int, float] = {}
+        self.k0 = max(1, self.native // 2)
+        self.sensitivity = self._sensitivities(store)
 
-    def uniform(self, k: int, order: str, scaled: bool) -> Policies:
-        """Flat k: renormalised, or scaled by alpha."""
-        plain = {
-            i: LayerPolicy(kind="uniform", k=k, order=order, renormalize=not scaled) for i in self.layers
-        }
-        return self._scaled(plain) if scaled else plain
+    def flat(self, mean: float, recipe: Recipe) -> Policies:
+        """The same k everywhere; a mean that is no whole number is spread evenly over the layers."""
+        return self.fixed(share_evenly(mean, len(self.layers)), recipe, kind="uniform")
 
-    def static(self, mean: float) -> Policies:
+    def static(self, mean: float, recipe: Recipe) -> Policies:
         """k per layer by dynamic programming on s_l eps_l(k)."""
-        total = round(mean * len(self.layers))
-        costs = [
-            [self.sensitivity[i].s * float(e) for e in prefix_errors(self.gram["weight"][row])]
-            for row, i in enumerate(self.layers)
-        ]
+        costs = [[float(e) for e in row] for row in self.prices()]
         try:
-            return self.fixed(allocate_exact(costs, total))
+            return self.fixed(allocate_exact(costs, round(mean * len(self.layers))), recipe)
         except ValueError as error:
             raise UsageError(f"--mean-experts {mean}: {error}") from None
 
-    def fixed(self, ks: list[int]) -> Policies:
-        """The static policy of given k by layer."""
-        return self._scaled(
-            {i: LayerPolicy(kind="static", k=k, order="weight") for i, k in zip(self.layers, ks, strict=True)}
-        )
+    def prices(self) -> list[Tensor]:
+        """Predicted KL of each MoE layer alone by k, index k - 1, kept by weight and scaled."""
+        return [
+            self.sensitivity[i].s * prefix_errors(self._gram["weight"][row])
+            for row, i in enumerate(self.layers)
+        ]
 
-    def adaptive(self, mean: float, sigma: dict[int, float] | None = None) -> Policies:
-        """Keep rank r if sigma_l w_r^2 >= lambda; lambda by bisection on the probes' native choices."""
-        sigma = self.sigma() if sigma is None else sigma
+    def predicted(self, ks: list[int]) -> float:
+        """KL of given k by layer if the layers' damages simply added up."""
+        return float(sum(price[k - 1] for price, k in zip(self.prices(), ks, strict=True)))
+
+    def fixed(self, ks: list[int], recipe: Recipe, kind: str = "static") -> Policies:
+        """The policy of given k by layer."""
+        policies = {}
+        for index, k in zip(self.layers, ks, strict=True):
+            plain = self._plain(index, recipe, kind=kind, k=k)
+            if recipe.scaled:
+                plain = dataclasses.replace(plain, alpha=prefix_scales(self._ranked(index, plain)).float())
+            policies[index] = plain
+        return policies
+
+    def adaptive(self, mean: float, recipe: Recipe, sigma: dict[int, float]) -> Policies:
+        """Keep rank r if sigma_l c_r^2 >= lambda; lambda by bisection on the probes' native choices."""
         low, high = 1e-20, 1e10
+        strengths = {i: self._strength(i, recipe).square() * sigma[i] for i in self.layers}
         for _ in range(70):
             middle = (low * high) ** 0.5
-            if self._mean_count(sigma, middle) > mean:
+            kept = [(s >= middle).sum(dim=1).clamp_min(1).double().mean() for s in strengths.values()]
+            if float(sum(kept)) / len(kept) > mean:
                 low = middle
             else:
                 high = middle
-        return self.thresholded(sigma, low)
+        return self.thresholded(recipe, sigma, low)
 
-    def thresholded(self, sigma: dict[int, float], threshold: float) -> Policies:
-        """The adaptive policy of given sigma and lambda, with its scales."""
+    def thresholded(self, recipe: Recipe, sigma: dict[int, float], threshold: float) -> Policies:
+        """The adaptive policy of given sigma and lambda, with its scales by the number kept."""
         policies = {}
-        for row, index in enumerate(self.layers):
-            plain = LayerPolicy(
-                kind="adaptive", order="weight", sigma=sigma[index], threshold=threshold, k_max=self.native
+        for index in self.layers:
+            plain = self._plain(
+                index, recipe, kind="adaptive", sigma=sigma[index], threshold=threshold, k_max=self.native
             )
-            seen = self.observed[index]
-            ranks = plain.ranks(seen.expert_ids, seen.weights, seen.weights)
-            weights = seen.weights.gather(1, ranks)
-            count = plain.count(weights, weights, weights)
-            scales = counted_scales(seen, ranks, count, prefix_scales(self.gram["weight"][row]))
-            policies[index] = dataclasses.replace(plain, alpha=scales.float())
+            if recipe.scaled:
+                plain = dataclasses.replace(plain, alpha=self._counted(index, plain))
+            policies[index] = plain
         return policies
 
     def calibrated(
-        self, mean: float, judge: Judge, sigma: dict[int, float] | None = None
+        self, mean: float, judge: Judge, recipe: Recipe, sigma: dict[int, float]
     ) -> tuple[Policies, Measured]:
         """The adaptive policy whose realised mean on the judge's windows is `mean`; no KL is looked at."""
-        asked = mean
-        policies = self.adaptive(asked, sigma)
-        measured = judge.measure(policies)
-        for _ in range(4):
-            off = measured.k_mean() - mean
-            if abs(off) <= CALIBRATION_TOLERANCE:
-                break
-            asked -= off
-            policies = self.adaptive(asked, sigma)
+        asked = mean - self._offsets.get(id(judge), 0.0)
+        for _ in range(CALIBRATION_STEPS):
+            policies = self.adaptive(asked, recipe, sigma)
             measured = judge.measure(policies)
+            self._offsets[id(judge)] = measured.k_mean() - asked
+            if abs(measured.k_mean() - mean) <= CALIBRATION_TOLERANCE:
+                break
+            asked += mean - measured.k_mean()
         return policies, measured
 
-    def sigma(self) -> dict[int, float]:
-        """s_l times the layer's mean squared output norm, so that sigma w^2 is in units of KL."""
-        return {i: self.sensitivity[i].s * float(self.mean_norm2[r]) for r, i in enumerate(self.layers)}
+    def sigma(self, recipe: Recipe) -> dict[int, float]:
+        """s_l, times the layer's mean squared output norm unless c has it: sigma c^2 is in units of KL."""
+        if recipe.order == "contribution":
+            return {i: self.sensitivity[i].s for i in self.layers}
+        return {i: self.sensitivity[i].s * float(self._mean_norm2[r]) for r, i in enumerate(self.layers)}
 
-    def run(self, mean: float) -> Allocation:
-        """Both kinds, refined on the probe documents' KL."""
-        flat = self._candidate("flat-alpha", self.uniform(round(mean), "weight", scaled=True))
-        static = self._candidate("static", self.static(mean))
-        static, tried = self._refine_static(static)
-        policies, measured = self.calibrated(mean, self.judge)
-        adaptive = self._refine_adaptive(Candidate("adaptive", policies, measured), mean)
-        return Allocation(
-            static, adaptive, [flat, *tried, static, adaptive], self.sensitivity, list(self.steps)
+    def norms(self, index: int) -> Tensor:
+        """RMS output norm of every expert of a layer, float32 [n_routed_experts], rare ones shrunk."""
+        row = self.layers.index(index)
+        mean = self._mean_norm2[row]
+        seen, count = (torch.from_numpy(self._pooled[name][row]) for name in ("sum_norm2", "count"))
+        return ((seen + NORM_SHRINKAGE * mean) / (count + NORM_SHRINKAGE)).sqrt().float()
+
+    def kept_shares(self, policies: Policies) -> np.ndarray:
+        """The part of the probes' tokens that keep the choice of each rank, float64 [L, K]."""
+        rows = []
+        for index, policy in policies.items():
+            seen, ranks = self.observed[index], self._ranks(index, policy)
+            kept, _ = policy.select(seen.expert_ids, seen.weights, -ranks.argsort(dim=1).float())
+            share = (kept >= 0).double().mean(dim=0)
+            rows.append(torch.nn.functional.pad(share, (0, self.native - len(share))))
+        return torch.stack(rows).numpy()
+
+    def _plain(self, index: int, recipe: Recipe, **rule: Any) -> LayerPolicy:
+        return LayerPolicy(
+            order=recipe.order,
+            renormalize=not recipe.scaled,
+            norms=self.norms(index) if recipe.order == "contribution" else None,
+            protect=None if recipe.protect is None else recipe.protect.get(index),
+            **rule,
         )
 
-    def _refine_static(self, best: Candidate) -> tuple[Candidate, list[Candidate]]:
-        """Moves one expert between two layers while the paired gain is significant."""
-        tried: list[Candidate] = []
-        for give, take in self._moves(best)[:REFINEMENTS]:
-            ks = [best.policies[i].k for i in self.layers]
-            ks[give], ks[take] = ks[give] - 1, ks[take] + 1
-            if min(ks) < 1 or max(ks) > self.native:
-                continue
-            candidate = self._candidate(f"static {ks}", self.fixed(ks))
-            tried.append(candidate)
-            best = self._better(best, candidate)
-        return Candidate("static", best.policies, best.measured), tried
+    def _ranked(self, index: int, policy: LayerPolicy) -> Tensor:
+        """Mean rank Gram [K, K] in the policy's order: the profile's where it has it, else the probes'."""
+        if policy.protect is None and policy.order in self._gram:
+            return self._gram[policy.order][self.layers.index(index)]
+        return by_rank(self.observed[index].gram, self._ranks(index, policy)).double().mean(dim=0)
 
-    def _moves(self, best: Candidate) -> list[tuple[int, int]]:
-        """(layer that gives, layer that takes), the least predicted loss first."""
-        price = {
-            r: self.sensitivity[i].s * prefix_errors(self.gram["weight"][r])
-            for r, i in enumerate(self.layers)
+    def _ranks(self, index: int, policy: LayerPolicy) -> Tensor:
+        seen = self.observed[index]
+        # The choices come in the router's order: any falling scores stand for its own.
+        scores = torch.arange(self.native, 0, -1.0).expand_as(seen.weights)
+        return policy.ranks(seen.expert_ids, seen.weights, scores)
+
+    def _strength(self, index: int, recipe: Recipe) -> Tensor:
+        seen = self.observed[index]
+        return self._plain(index, recipe, kind="adaptive").strength(seen.expert_ids, seen.weights)
+
+    def _counted(self, index: int, policy: LayerPolicy) -> Tensor:
+        seen, ranks = self.observed[index], self._ranks(index, policy)
+        weights = seen.weights.gather(1, ranks)
+        strength = policy.strength(seen.expert_ids, seen.weights).gather(1, ranks)
+        count = policy.count(weights, strength, weights)
+        return counted_scales(seen, ranks, count, prefix_scales(self._ranked(index, policy))).float()
+
+    def _sensitivities(self, store: Path | None) -> dict[int, Sensitivity]:
+        reduced = self.fixed([self.k0] * len(self.layers), Recipe())
+        epsilon = {
+            i: float(prefix_errors(self._gram["weight"][r])[self.k0 - 1]) for r, i in enumerate(self.layers)
         }
-        ks = [best.policies[i].k for i in self.layers]
-        moves = []
-        for give, k in enumerate(ks):
-            for take, other in enumerate(ks):
-                if give != take and k > 1 and other < self.native:
-                    loss = price[give][k - 2] - price[give][k - 1]
-                    gain = price[take][other - 1] - price[take][other]
-                    moves.append((float(loss - gain), give, take))
-        return [(give, take) for _, give, take in sorted(moves)]
-
-    def _refine_adaptive(self, best: Candidate, mean: float) -> Candidate:
-        """Scales one layer's sigma up or down while the paired gain is significant."""
-        for index in self.layers:
-            for factor in (1.5, 1 / 1.5):
-                sigma = {i: p.sigma for i, p in best.policies.items()}
-                sigma[index] *= factor
-                policies, measured = self.calibrated(mean, self.judge, sigma)
-                named = Candidate(f"adaptive, sigma of layer {index} x {factor:.2f}", policies, measured)
-                kept = self._better(best, named)
-                if kept is not best:
-                    best = Candidate("adaptive", kept.policies, kept.measured)
-                    break
-        return best
-
-    def _better(self, best: Candidate, other: Candidate) -> Candidate:
-        gain, error = paired_gain(best.measured, other.measured)
-        is_better = gain > SIGNIFICANT * error
-        self.steps.append(
-            f"{other.name}: KL {other.measured.kl_mean:.6f} against {best.measured.kl_mean:.6f}, "
-            f"gain {gain:.6f} +- {error:.6f}: {'kept' if is_better else 'not kept'}"
+        return kept_sensitivities(
+            store,
+            self.runner.fingerprint,
+            self.windows,
+            reduced,
+            lambda: sensitivities(self.runner, self.windows, reduced, epsilon),
         )
-        self.say(self.steps[-1])
-        return other if is_better else best
-
-    def _candidate(self, name: str, policies: Policies) -> Candidate:
-        candidate = Candidate(name, policies, self.judge.measure(policies))
-        self.say(f"{name}: KL {candidate.measured.kl_mean:.6f} at {candidate.measured.k_mean():.3f} experts")
-        return candidate
-
-    def _scaled(self, policies: Policies) -> Policies:
-        scaled = {}
-        for row, index in enumerate(self.layers):
-            gram = self.gram["choice" if policies[index].order == "choice" else "weight"][row]
-            scaled[index] = dataclasses.replace(policies[index], alpha=prefix_scales(gram).float())
-        return scaled
-
-    def _mean_count(self, sigma: dict[int, float], threshold: float) -> float:
-        total = 0.0
-        for index in self.layers:
-            kept = (self.observed[index].weights.square() * sigma[index] >= threshold).sum(dim=1)
-            total += float(kept.clamp(1, self.native).double().mean())
-        return total / len(self.layers)
-
-    def _sensitivities(self) -> dict[int, Sensitivity]:
-        k0 = max(1, self.native // 2)
-        reduced = self._scaled({i: LayerPolicy(kind="static", k=k0, order="weight") for i in self.layers})
-        epsilon = {i: float(prefix_errors(self.gram["weight"][r])[k0 - 1]) for r, i in enumerate(self.layers)}
-        return sensitivities(self.runner, self.windows, reduced, epsilon)
-
-
-def paired_gain(old: Measured, new: Measured) -> tuple[float, float]:
-    """Mean KL of old minus new per token, and its standard error over documents."""
-    before, tokens = old.kl_vector()
-    after, _ = new.kl_vector()
-    difference = before - after
-    mean = difference.sum() / tokens.sum()
-    spread = (difference - mean * tokens).square().sum().sqrt() / tokens.sum()
-    return float(mean), float(spread)
-
-
-@torch.inference_mode()
-def observe(runner: LayerRunner, chosen: list[Window]) -> dict[int, Observation]:
-    """All observations of some windows, by MoE layer."""
-    seen: dict[int, list[Observation]] = {i: [] for i in runner.config.moe_layers}
-    for window in chosen:
-        hidden = runner.embed(window.token_ids)
-        for index in range(runner.num_layers):
-            moe = runner.moe(index)
-            if moe is None:
-                runner.run(index, hidden)
-                continue
-            with recording(moe) as recorder:
-                runner.run(index, hidden)
-            seen[index].append(recorder.take())
-    fields = Observation.__dataclass_fields__
-    return {
-        i: Observation(**{name: torch.cat([getattr(o, name) for o in rows]) for name in fields})
-        for i, rows in seen.items()
-    }
-
-
-def provenance(allocation: Allocation, profile: Profile, probes: list[Window]) -> dict[str, Any]:
-    """What the table says about how it was made."""
-    sensitivity = {
-        str(i): {
-            "d": s.d,
-            "standard_error": s.standard_error,
-            "noise": s.noise,
-            "epsilon": s.epsilon,
-            "s": s.s,
-        }
-        for i, s in allocation.sensitivity.items()
-    }
-    chosen = {allocation.static.name, allocation.adaptive.name}
-    candidates = [
-        {
-            "name": c.name,
-            "kind": next(iter(c.policies.values())).kind,
-            "order": next(iter(c.policies.values())).order,
-            "k_mean": c.measured.k_mean(),
-            "kl": c.measured.kl_mean,
-            "chosen": c.name in chosen,
-        }
-        for c in allocation.candidates
-    ]
-    return {
-        "profile_sha256": profile.header["sidecar"]["sha256"],
-        "domains": sorted(profile.stats),
-        "sensitivity": {
-            "layers": sensitivity,
-            "documents": len({(w.domain, w.document) for w in probes}),
-            "tokens": sum(len(w.token_ids) for w in probes),
-        },
-        "candidates": candidates,
-        "steps": allocation.steps,
-    }
 
 
 def _balanced(profile: Profile, name: str) -> Tensor:
     """Mean over domains of the statistic per token, so that a large domain does not decide alone."""
-    rows = [
-        torch.from_numpy(stats[name] / stats["tokens"][:, None, None])
-        for _, stats in sorted(profile.stats.items())
-    ]
-    return torch.stack(rows).mean(dim=0)
+    rows = [stats[name] / stats["tokens"][:, None, None] for _, stats in sorted(profile.stats.items())]
+    return torch.from_numpy(np.mean(rows, axis=0))
 
 
 def _balanced_ratio(profile: Profile, above: str, below: str) -> Tensor:
-    rows = [
-        torch.from_numpy(stats[above].sum(axis=1) / stats[below].sum(axis=1))
-        for _, stats in sorted(profile.stats.items())
-    ]
-    return torch.stack(rows).mean(dim=0)
+    rows = [stats[above].sum(axis=1) / stats[below].sum(axis=1) for _, stats in sorted(profile.stats.items())]
+    return torch.from_numpy(np.mean(rows, axis=0))

@@ -1,5 +1,6 @@
 """The certificate: policies against the full model, with intervals, and a verdict."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from kttools_runtime.version import __version__
 from .bootstrap import CONFIDENCE, REPLICATES, SEED, Bootstrap, holm, interval, two_sided_p
 from .layerwise import Policies
 from .measure import Judge, Measured
+from .speed import Speed
 
 FORMAT, VERSION = "kttools-expert-evaluation", 1
-# Largest distance of a realised mean from its target at which policies are compared.
+# Largest distance of a realised mean from its target, on the evaluation data, at which a table may pass.
 MEAN_TOLERANCE = 0.02
 SIGNIFICANCE = 0.05
 
@@ -30,10 +32,21 @@ class Contender:
 
 
 class Evaluation:
-    """All contenders on the same documents, and the comparisons between them."""
+    """All contenders on the same documents, and the comparisons between them.
 
-    def __init__(self, judge: Judge, contenders: list[Contender]) -> None:
+    mean: the realised mean number of experts they are compared at.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        contenders: list[Contender],
+        mean: float,
+        speeds: Mapping[str, Speed] | None = None,
+    ) -> None:
         self.judge = judge
+        self.mean = mean
+        self.speeds = speeds or {}
         self.contenders = {c.name: c for c in contenders}
         documents = contenders[0].measured.documents
         self.domains = sorted({d.domain for d in documents})
@@ -44,6 +57,7 @@ class Evaluation:
         measured = contender.measured
         layers = sorted(next(iter(measured.kept.values())))
         positions = sum(measured.positions.values())
+        speed = self.speeds.get(contender.name)
         first = next(iter(contender.policies.values()))
         return {
             "name": contender.name,
@@ -61,7 +75,8 @@ class Evaluation:
             "k_mean_by_layer": {
                 str(i): sum(kept[i] for kept in measured.kept.values()) / positions for i in layers
             },
-            "tokens_per_second": positions / max(measured.seconds, 1e-9),
+            "tokens_per_second": None if speed is None else speed.prefill,
+            "decode_tokens_per_second": None if speed is None else speed.decode,
             "metrics": {
                 "pooled": self.metrics(measured, None),
                 "domains": {d: self.metrics(measured, d) for d in self.domains},
@@ -127,11 +142,19 @@ class Evaluation:
         return rows
 
     def verdict(self, name: str, comparisons: list[dict[str, Any]], max_kl: float | None) -> dict[str, Any]:
-        """PASS: surely below every baseline compared with, surely worse in no domain, the floor held."""
+        """PASS: at the asked mean, surely below every baseline compared with, surely worse in no domain, and
+        the floor held. comparisons: those of the policy with the baselines that count."""
         reasons = []
+        realised = self.contenders[name].measured.k_mean()
+        if not abs(realised - self.mean) <= MEAN_TOLERANCE:
+            reasons.append(
+                f"the realised mean on the evaluation data is {realised:.3f}, not {self.mean:g} +- "
+                f"{MEAN_TOLERANCE:g}"
+            )
         for row in comparisons:
-            if row["policy"] != name:
-                continue
+            rival = self.contenders[row["against"]].measured.k_mean()
+            if row["scope"] == "pooled" and not rival >= realised - MEAN_TOLERANCE:
+                reasons.append(f"{row['against']} ran with fewer experts ({rival:.3f}): no fair comparison")
             if row["scope"] == "pooled" and not row["high"] < 0:
                 reasons.append(f"not surely below {row['against']}: difference up to {row['high']:+.5f}")
             if row["scope"] != "pooled" and row["is_worse"]:
@@ -146,19 +169,28 @@ class Evaluation:
     ) -> dict[str, Any]:
         """evaluation.json. facts: fingerprint, model, data. compared: the baselines of the verdict."""
         judged = [c.name for c in self.contenders.values() if not c.is_baseline]
+        others = [name for name in self.contenders if name not in judged and name != compared[0]]
         comparisons = [row for name in judged for against in compared for row in self.compare(name, against)]
+        comparisons += [row for name in others for row in self.compare(name, compared[0])]
         policies = [self.policy_document(c) for c in self.contenders.values()]
-        positions = sum(next(iter(self.contenders.values())).measured.positions.values())
+        full = self.speeds.get("full")
+        verdicts = {
+            name: self.verdict(name, [row for row in comparisons if row["policy"] == name], max_kl)
+            for name in judged
+        }
         return {
             "format": FORMAT,
             "version": VERSION,
             "tool": {"name": "kttools", "version": __version__},
             **facts,
             "table": table,
+            "k_mean_target": self.mean,
+            "k_mean_tolerance": MEAN_TOLERANCE,
             "reference": {
                 "k_mean": float(self.judge.runner.config.num_experts_per_tok),
                 "perplexity": self._reference_perplexity(),
-                "tokens_per_second": positions / max(self.judge.seconds_full, 1e-9),
+                "tokens_per_second": None if full is None else full.prefill,
+                "decode_tokens_per_second": None if full is None else full.decode,
             },
             "policies": policies,
             "comparisons": comparisons,
@@ -169,7 +201,8 @@ class Evaluation:
                 "seed": SEED,
                 "unit": "document",
             },
-            "verdict": self.verdict(table, comparisons, max_kl),
+            "verdicts": verdicts,
+            "verdict": verdicts[table],
         }
 
     def _reference_perplexity(self) -> dict[str, Any]:

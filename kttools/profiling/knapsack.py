@@ -1,5 +1,6 @@
 """Sharing experts out over the layers: minimise a sum of per-layer costs at a fixed total."""
 
+import itertools
 from collections.abc import Sequence
 
 Costs = Sequence[Sequence[float]]
@@ -31,3 +32,10 @@ def allocate_greedy(costs: Costs, total: int, k_min: int = 1) -> list[int]:
         open_layers = [i for i, row in enumerate(costs) if ks[i] < len(row)]
         ks[max(open_layers, key=lambda i: costs[i][ks[i] - 1] - costs[i][ks[i]])] += 1
     return ks
+
+
+def share_evenly(mean: float, num_layers: int) -> list[int]:
+    """The same k for every layer; where the mean is no whole number, two neighbours in turn."""
+    total = round(mean * num_layers)
+    edges = [total * i // num_layers for i in range(num_layers + 1)]
+    return [after - before for before, after in itertools.pairwise(edges)]

@@ -1,8 +1,9 @@
 """How far a policy's predictions are from the full model's: sums per document, for any set of policies."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -114,12 +115,20 @@ def compare_tokens(runner: LayerRunner, full: Tensor, other: Tensor, token_ids: 
     return TokenSums(**{name: torch.cat([getattr(p, name) for p in pieces]) for name in fields})
 
 
-class Judge:
-    """Measures policies on fixed windows; the full model runs once."""
+class Store(Protocol):
+    """Where measurements are kept (see kttools.profiling.measured_file)."""
 
-    def __init__(self, runner: LayerRunner, chosen: Sequence[Window]) -> None:
+    def get(self, policies: Policies) -> Measured | None: ...
+    def put(self, policies: Policies, measured: Measured) -> None: ...
+
+
+class Judge:
+    """Measures policies on fixed windows; the full model runs once. store: what is in it is not run again."""
+
+    def __init__(self, runner: LayerRunner, chosen: Sequence[Window], store: Store | None = None) -> None:
         self.runner = runner
         self.windows = list(chosen)
+        self.store = store
         self.seconds_full = 0.0
         self._full: list[Tensor] | None = None
 
@@ -132,8 +141,16 @@ class Judge:
             self.seconds_full = time.perf_counter() - started
         return self._full
 
-    def measure(self, policies: Policies, progress: Iterable[int] | None = None) -> Measured:
+    def measure(self, policies: Policies) -> Measured:
         """One policy on all windows."""
+        if self.store is not None and (found := self.store.get(policies)) is not None:
+            return found
+        result = self._measure(policies)
+        if self.store is not None:
+            self.store.put(policies, result)
+        return result
+
+    def _measure(self, policies: Policies) -> Measured:
         result = Measured()
         for window, full in zip(self.windows, self.full, strict=True):
             started = time.perf_counter()
@@ -141,9 +158,6 @@ class Judge:
             result.seconds += time.perf_counter() - started
             self._record(result, window, compare_tokens(self.runner, full, hidden, window.token_ids), kept)
         return result
-
-    def measure_all(self, named: Mapping[str, Policies]) -> dict[str, Measured]:
-        return {name: self.measure(policies) for name, policies in named.items()}
 
     def _forward(self, window: Window, policies: Policies) -> tuple[Tensor, dict[int, int]]:
         runner, kept = self.runner, {}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kttools_runtime.expert_policy import LayerPolicy
 
+from .knapsack import share_evenly
 from .layerwise import LayerRunner, Policies, Window
 from .measure import Judge, Measured
 
@@ -55,10 +56,24 @@ class Baselines:
         self.judge = judge
         self.choices = native_choices(judge.runner, judge.windows)
         self.native = judge.runner.config.num_experts_per_tok
+        # How far a rule's realised mean was from what the native choices promised, the last time.
+        self._offset = 0.0
 
-    def flat(self, k: int) -> Policies:
-        """The first k of the router's order, renormalised: what --experts K runs."""
-        return {i: LayerPolicy(kind="uniform", k=k, order="choice", renormalize=True) for i in self.choices}
+    def flat(self, mean: float) -> Policies:
+        """See flat_rule."""
+        return self.flat_rule(list(self.choices), mean)
+
+    @staticmethod
+    def flat_rule(layers: list[int], mean: float) -> Policies:
+        """The first k of the router's order, renormalised: what --experts K runs.
+
+        A mean that is no whole number is spread evenly over the layers.
+        """
+        ks = share_evenly(mean, len(layers))
+        return {
+            i: LayerPolicy(kind="uniform", k=k, order="choice", renormalize=True)
+            for i, k in zip(layers, ks, strict=True)
+        }
 
     def ser(self, mean: float) -> tuple[str, Policies, Measured]:
         """-ser Kmin,t: ranks from Kmin on need t times the best biased score. The best of several Kmin, with
@@ -71,7 +86,7 @@ class Baselines:
                     return self._rule("ser", "choice", t, k_min, renormalize)
 
                 policies, measured = self.matched(build, mean)
-                if abs(measured.k_mean() - mean) <= 0.05:
+                if abs(measured.k_mean() - mean) <= 2 * MEAN_TOLERANCE:
                     t = next(iter(policies.values())).threshold
                     label = f"-ser {k_min},{t:.3f}{' renormalised' if renormalize else ''}"
                     tried.append((measured.kl_mean, label, policies, measured))
@@ -105,14 +120,14 @@ class Baselines:
 
     def matched(self, build: Callable[[float], Policies], mean: float) -> tuple[Policies, Measured]:
         """The rule build(t), t in 0..1 and dropping more as it grows, whose realised mean is `mean`."""
-        asked = mean
+        asked = mean - self._offset
         for _ in range(4):
             policies = build(self._bisect(build, asked))
             measured = self.judge.measure(policies)
-            off = measured.k_mean() - mean
-            if abs(off) <= MEAN_TOLERANCE:
+            self._offset = measured.k_mean() - asked
+            if abs(measured.k_mean() - mean) <= MEAN_TOLERANCE:
                 break
-            asked -= off
+            asked = mean - self._offset
         return policies, measured
 
     def _bisect(self, build: Callable[[float], Policies], mean: float) -> float:

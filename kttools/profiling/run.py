@@ -1,39 +1,42 @@
-"""The steps of `kttools profile-experts` as functions of a runner and a directory."""
+"""The steps of `kttools profile-experts` as functions of a runner and a directory.
+
+A step that was cut off goes on where it stopped: shards, forks and measured policies are kept in the
+directory, named by what determines them.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from kttools.bundle.atomic import atomic_write_bytes
 from kttools_runtime import strict_json
 from kttools_runtime.errors import InvalidInputError, UsageError
 
-from .allocate import Allocation, Allocator, provenance
-from .collect import Collected, Part, Progress, collect, limited
-from .data import DataSpec, documents
+from .allocate import Allocator
+from .candidates import Allocation, Candidate, Say, provenance
+from .contest import COMPARED, contest, pareto
+from .data import DataSpec
 from .data import provenance as data_provenance
 from .data_spec import parse_specs
-from .evaluate import Contender, Evaluation, pareto_point
+from .evaluate import Evaluation
+from .exports import hot_experts, write_exports
+from .gather import TextLimits, domain_windows
+from .ingredients import make_tables
 from .layerwise import LayerRunner, Policies, Window
-from .measure import Judge, Measured
-from .policies import Baselines
-from .profile_file import Profile, merge, read_profile
+from .measure import Judge
+from .measured_file import MeasuredFiles
+from .probes import probe_windows
+from .profile_file import Profile, read_profile
+from .speed import speeds
 from .tables import table_document, write_table
 
 EVALUATION_NAME = "evaluation.json"
-WHOLE = Part()
-Say = Callable[[str], object]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TextLimits:
-    """Tokens per window and document, and per domain (None: all)."""
-
-    window_tokens: int = 1024
-    domain_tokens: int | None = None
+MEASURED_DIR = "measured"
+TABLES_DIR = "tables"
+EXPORTS_DIR = "exports"
+KINDS = ("static", "adaptive")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,61 +48,38 @@ class Goal:
     name: str = "experts"
     max_kl: float | None = None
 
-
-def collect_step(
-    runner: LayerRunner,
-    data: Sequence[str],
-    output: Path,
-    limits: TextLimits,
-    model_name: str,
-    part: Part = WHOLE,
-    on_tokens: Progress = lambda count: None,
-) -> list[Collected]:
-    """Records every domain; see kttools.profiling.collect."""
-    return [
-        collect(
-            runner,
-            spec.domain,
-            _windows(runner, spec, limits),
-            data_provenance(spec),
-            output,
-            window_tokens=limits.window_tokens,
-            model_name=model_name,
-            part=part,
-            on_tokens=on_tokens,
-        )
-        for spec in _specs(data)
-    ]
-
-
-def merge_step(inputs: Sequence[Path], output: Path) -> Profile:
-    """All shards of the directories into one profile in `output`."""
-    paths = [path for folder in inputs for path in sorted((folder / "shards").glob("*.safetensors"))]
-    return merge(paths, output)
+    def kind_of(self, allocation: Allocation) -> str:
+        return self.kind or allocation.best_kind
 
 
 def allocate_step(
     runner: LayerRunner, output: Path, goal: Goal, say: Say = lambda line: None
 ) -> tuple[Allocator, Allocation, Path]:
-    """The table of the goal, from the profile in `output`."""
+    """Tables of both kinds from the profile in `output`; the goal's also under its name."""
+    if not 1 <= goal.mean <= runner.config.num_experts_per_tok:
+        native = runner.config.num_experts_per_tok
+        raise UsageError(f"--mean-experts {goal.mean:g}: expected 1 to {native}, the model's own")
     profile = read_profile(output)
-    allocator = Allocator(runner, profile, say)
-    allocation = allocator.run(goal.mean)
-    chosen = allocation.best if goal.kind is None else getattr(allocation, goal.kind)
-    say(f"chosen: {chosen.name}, KL {chosen.measured.kl_mean:.6f} on the probe documents")
-    path = output / f"{goal.name}.expert-table.json"
-    document = table_document(
-        goal.name,
-        runner.fingerprint,
-        runner.config,
-        chosen.policies,
-        k_mean_target=goal.mean,
-        k_mean_expected={d: chosen.measured.k_mean(d) for d in chosen.measured.kept},
-        placement={"gpu_hot_experts": hot_experts(profile)},
-        provenance=provenance(allocation, profile, allocator.windows),
-    )
-    write_table(path, document, runner.config)
-    return allocator, allocation, path
+    windows = probe_windows(profile.trace)
+    if not windows:
+        raise InvalidInputError(f"{output}: the profile has no probe documents; collect again")
+    allocator = Allocator(runner, profile, windows, output / MEASURED_DIR, say)
+    allocation = make_tables(allocator, goal.mean)
+    kind = goal.kind_of(allocation)
+    chosen: Candidate = getattr(allocation, kind)
+    say(f"chosen: {kind}, KL {chosen.measured.kl_mean:.6f} on the probe documents")
+    made = provenance(allocation, profile, windows) | {"k_mean_on": "probe documents of the profile"}
+    writer = _Writer(allocator, profile, output, goal, made)
+    for own in KINDS:
+        candidate: Candidate = getattr(allocation, own)
+        expected = {d: candidate.measured.k_mean(d) for d in candidate.measured.kept}
+        writer.write(own, own == kind, candidate.policies, expected, None)
+    return allocator, allocation, table_path(output, goal)
+
+
+def table_path(output: Path, goal: Goal) -> Path:
+    """The table of the goal."""
+    return output / f"{goal.name}.expert-table.json"
 
 
 def evaluate_step(
@@ -113,115 +93,101 @@ def evaluate_step(
     pareto_means: Sequence[float] = (),
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Judges both kinds and the baselines; writes evaluation.json and the certificate into the table."""
-    specs = _specs(data)
-    chosen = [w for spec in specs for w in _windows(runner, spec, limits)]
-    judge = Judge(runner, chosen)
-    contenders = _contenders(judge, goal, allocator, allocation, say)
-    evaluation = Evaluation(judge, contenders)
-    kind = goal.kind or allocation.best.name
-    profiled = set(read_profile(output).stats)
+    """Judges both kinds and the baselines; writes evaluation.json and the tables with their certificates."""
+    specs = parse_specs(data)
+    chosen = [w for spec in specs for w in domain_windows(runner, spec, limits)]
+    judge = Judge(runner, chosen, MeasuredFiles(output / MEASURED_DIR, runner.fingerprint, chosen))
+    found = contest(judge, goal.mean, allocator, allocation, say)
+    timed = speeds(runner, {"full": {}, **{c.name: c.policies for c in found.contenders}}, chosen)
+    evaluation = Evaluation(judge, found.contenders, goal.mean, timed)
+    kind = goal.kind_of(allocation)
+    profile = read_profile(output)
     facts = {
         "fingerprint": runner.fingerprint,
-        "model": read_profile(output).header["model"],
-        "data": {s.domain: _data_facts(s, chosen, profiled) for s in specs},
+        "model": profile.header["model"],
+        "data": {s.domain: _data_facts(s, chosen, set(profile.stats)) for s in specs},
+        "ingredients": allocation.chosen,
+        "calibration": found.calibration,
     }
-    document = evaluation.document(kind, facts, ["flat", "flat-alpha", "ser"], goal.max_kl)
+    document = evaluation.document(kind, facts, COMPARED, goal.max_kl)
     for mean in pareto_means:
-        document["pareto"] += _pareto(evaluation, judge, allocator, mean, say)
-    data_bytes = strict_json.canonical(document)
-    atomic_write_bytes(output / EVALUATION_NAME, data_bytes)
-    _certify(output / f"{goal.name}.expert-table.json", runner, document, kind, evaluation)
+        if mean != goal.mean:
+            document["pareto"] += pareto(evaluation, allocator, allocation, mean, say)
+    atomic_write_bytes(output / EVALUATION_NAME, strict_json.canonical(document))
+    made = provenance(allocation, profile, allocator.windows)
+    made |= {"k_mean_on": "evaluation data", "calibration": found.calibration}
+    writer = _Writer(allocator, profile, output, goal, made)
+    for own in KINDS:
+        contender = evaluation.contenders[own]
+        expected = {d: contender.measured.k_mean(d) for d in contender.measured.kept}
+        certificate = _certificate(document, own, evaluation)
+        writer.write(own, own == kind, contender.policies, expected, certificate)
     return document
 
 
-def hot_experts(profile: Profile) -> dict[str, list[int]]:
-    """Experts by how often they are chosen, the hottest first: what a GPU should hold."""
-    shares = [stats["count"] / stats["tokens"][:, None] for _, stats in sorted(profile.stats.items())]
-    count = np.sum(shares, axis=0)
-    layers = profile.header["router"]["moe_layers"]
-    return {str(layer): (-count[row]).argsort(kind="stable").tolist() for row, layer in enumerate(layers)}
+def export_step(output: Path, folder: Path | None = None) -> list[Path]:
+    """What other programs can use, into `folder` (default: output/exports); see kttools.profiling.exports."""
+    path = output / EVALUATION_NAME
+    evaluation = strict_json.read_object(path) if path.exists() else None
+    return write_exports(read_profile(output), evaluation, folder or output / EXPORTS_DIR)
 
 
-def _contenders(
-    judge: Judge, goal: Goal, allocator: Allocator, allocation: Allocation, say: Say
-) -> list[Contender]:
-    found: list[Contender] = []
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Writer:
+    """Writes tables/NAME-KIND, and NAME itself for the chosen kind. made: the provenance."""
 
-    def add(name: str, label: str, policies: Policies, measured: Measured, is_baseline: bool) -> None:
-        found.append(Contender(name, label, policies, measured, is_baseline))
-        say(f"{label}: {measured.k_mean():.3f} experts, KL {measured.kl_mean:.5f}")
+    allocator: Allocator
+    profile: Profile
+    output: Path
+    goal: Goal
+    made: dict[str, Any]
 
-    baselines, mean, k = Baselines(judge), goal.mean, round(goal.mean)
-    flat = baselines.flat(k)
-    add("flat", f"flat top-{k}, renormalised", flat, judge.measure(flat), True)
-    alpha = allocator.uniform(k, "choice", scaled=True)
-    add("flat-alpha", f"flat top-{k} + alpha", alpha, judge.measure(alpha), True)
-    static = allocation.static.policies
-    add("static", "static table", static, judge.measure(static), False)
-    adaptive = allocation.adaptive.policies
-    written = judge.measure(adaptive)
-    add("adaptive", "adaptive table", adaptive, written, False)
-    sigma = {i: p.sigma for i, p in adaptive.items()}
-    matched, measured = allocator.calibrated(mean, judge, sigma)
-    add("adaptive-matched", f"adaptive, lambda set for mean {mean:g} here", matched, measured, False)
-    label, policies, measured = baselines.ser(mean)
-    add("ser", label, policies, measured, True)
-    add("top-p", "top-p, renormalised", *baselines.top_p(mean), True)
-    add("naee", "NAEE at every rank", *baselines.naee(mean), True)
-    return found
-
-
-def _pareto(
-    evaluation: Evaluation, judge: Judge, allocator: Allocator, mean: float, say: Say
-) -> list[dict[str, Any]]:
-    sigma = allocator.sigma()
-    rows = {
-        "flat": allocator.uniform(round(mean), "choice", scaled=False),
-        "flat-alpha": allocator.uniform(round(mean), "choice", scaled=True),
-        "static": allocator.static(mean),
-        "adaptive": allocator.adaptive(mean, sigma),
-    }
-    points = []
-    for name, policies in rows.items():
-        contender = Contender(name, name, policies, judge.measure(policies), name.startswith("flat"))
-        points.append(pareto_point(evaluation.policy_document(contender)))
-        say(f"pareto {name}: {points[-1]['k_mean']:.3f} experts, KL {points[-1]['kl_mean']:.5f}")
-    return points
+    def write(
+        self,
+        kind: str,
+        is_chosen: bool,
+        policies: Policies,
+        expected: dict[str, float],
+        certificate: dict[str, Any] | None,
+    ) -> None:
+        name = f"{self.goal.name}-{kind}"
+        paths = {name: self.output / TABLES_DIR / f"{name}.expert-table.json"}
+        if is_chosen:
+            paths[self.goal.name] = table_path(self.output, self.goal)
+        runner = self.allocator.runner
+        hot = hot_experts(self.profile, self.allocator.kept_shares(policies))
+        for own, path in paths.items():
+            document = table_document(
+                own,
+                runner.fingerprint,
+                runner.config,
+                policies,
+                k_mean_target=self.goal.mean,
+                k_mean_expected=expected,
+                placement={"gpu_hot_experts": hot},
+                provenance=self.made,
+                certificate=certificate,
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_table(path, document, runner.config)
 
 
-def _certify(
-    path: Path, runner: LayerRunner, document: dict[str, Any], kind: str, evaluation: Evaluation
-) -> None:
-    """Puts the verdict into the table it judged."""
-    import hashlib
-
-    table = strict_json.read_object(path)
+def _certificate(document: dict[str, Any], kind: str, evaluation: Evaluation) -> dict[str, Any]:
+    """What a table was measured to cost, and where that is written down in full."""
     measured = evaluation.contenders[kind].measured
-    table["certificate"] = document["verdict"] | {
+    rows = [r for r in document["comparisons"] if r["policy"] in (kind, "flat-alpha")]
+    return document["verdicts"][kind] | {
         "evaluation_sha256": hashlib.sha256(strict_json.canonical(document)).hexdigest(),
         "k_mean": measured.k_mean(),
-        "kl_mean": measured.kl_mean,
-        "comparisons": [
-            row for row in document["comparisons"] if row["policy"] == kind and row["scope"] == "pooled"
-        ],
+        "metrics": evaluation.metrics(measured, None),
+        "comparisons": [row for row in rows if row["scope"] == "pooled"],
+        "domains": {
+            row["scope"]: {name: row[name] for name in ("ratio", "ratio_low", "ratio_high", "p_holm")}
+            for row in rows
+            if row["policy"] == kind and row["against"] == COMPARED[0] and row["scope"] != "pooled"
+        },
+        "data": document["data"],
     }
-    write_table(path, table, runner.config)
-
-
-def _specs(data: Sequence[str]) -> list[DataSpec]:
-    specs = list(parse_specs(data))
-    names = [spec.domain for spec in specs]
-    if len(set(names)) != len(names):
-        raise UsageError(f"two data sets of one domain: {', '.join(names)}; name them NAME=KIND:FILE#FIELD")
-    return specs
-
-
-def _windows(runner: LayerRunner, spec: DataSpec, limits: TextLimits) -> list[Window]:
-    found = list(limited(documents(spec, runner.model.tokenizer), limits.window_tokens, limits.domain_tokens))
-    if not found:
-        raise InvalidInputError(f"{spec.text}: no document has two tokens or more")
-    return found
 
 
 def _data_facts(spec: DataSpec, chosen: list[Window], profiled: set[str]) -> dict[str, Any]:

@@ -1,15 +1,21 @@
 """What a layer's error does to the output: forks with one layer reduced, carried to the end."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kttools.bundle.atomic import atomic_write_bytes
+from kttools_runtime import strict_json
 from kttools_runtime.expert_policy import LayerPolicy
 
 from .layerwise import LayerRunner, Policies, Window
 from .measure import compare_tokens
+from .measured_file import policies_digest, windows_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +80,27 @@ def sensitivities(
         error = ((kl[0] - mean[0]).square() * share.square()).sum().sqrt()
         result[layer] = Sensitivity(float(mean[0]), float(error), float(mean[1]), epsilon[layer])
     return result
+
+
+def kept_sensitivities(
+    store: Path | None,
+    fingerprint: str,
+    chosen: Sequence[Window],
+    reduced: Policies,
+    make: Callable[[], dict[int, Sensitivity]],
+) -> dict[int, Sensitivity]:
+    """make(), or what an earlier run kept in the directory `store` for the same model, windows, policies."""
+    if store is None:
+        return make()
+    given = f"{fingerprint}\n{windows_digest(chosen)}\n{policies_digest(reduced)}"
+    path = store / f"sensitivity-{hashlib.sha256(given.encode()).hexdigest()[:32]}.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {int(layer): Sensitivity(**row) for layer, row in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass  # not there, or not readable: made again
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {str(layer): asdict(sensitivity) for layer, sensitivity in made.items()}
+    atomic_write_bytes(path, strict_json.canonical(rows))
+    return made
