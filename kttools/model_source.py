@@ -1,4 +1,4 @@
-"""What the user calls MODEL, found on disk: a bundle, a checkpoint, or a hub id in the local cache."""
+"""What the user calls MODEL, found on disk: a bundle, a checkpoint, GGUF files, or a hub id in the cache."""
 
 import fcntl
 import hashlib
@@ -8,19 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kttools_runtime.errors import DownloadError, InvalidInputError, UnsupportedModelError
+from kttools_runtime.errors import DownloadError, InvalidInputError
 
 from .dirs import cache_dir
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 MANIFEST = "bundle.json"
 CONFIG = "config.json"
+GGUF_SUFFIX = ".gguf"
+SPLIT = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 SMALL_FILE_BYTES = 16 << 20  # up to here a fingerprint covers the content, beyond it the head and the tail
 EDGE_BYTES = 1 << 20
 
 
 def resolve_model(text: str) -> Path:
-    """The directory MODEL names. Raises InvalidInputError, UnsupportedModelError (GGUF) or DownloadError."""
+    """The directory or GGUF file MODEL names. Raises InvalidInputError or DownloadError."""
     path = Path(text).expanduser()
     if path.is_dir():
         return path
@@ -37,32 +39,40 @@ def is_bundle(path: Path) -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """True when the directory looks like a Hugging Face checkpoint."""
-    return not is_bundle(path) and (path / CONFIG).is_file()
+    """True when it looks like a Hugging Face checkpoint, or like GGUF (a file, or a directory of them)."""
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        return True
+    return not is_bundle(path) and ((path / CONFIG).is_file() or any(path.glob(f"*{GGUF_SUFFIX}")))
 
 
-def ensure_bundle(path: Path, quantise: Callable[[Path, Path], None]) -> Path:
-    """A bundle for path: itself, or its form in the cache, made by quantise(source, target) if absent.
+def ensure_bundle(
+    path: Path, quantise: Callable[[Path, Path, Path | None], None], weights: Path | None = None
+) -> Path:
+    """A bundle for path: itself, or its form in the cache, made by `quantise` if absent.
 
-    Two processes that want the same bundle wait for each other.
+    quantise(source, target, weights) writes it. weights: GGUF that replaces the weights of path. Two processes that want the same bundle wait for each
+    other.
     """
-    if is_bundle(path):
+    if is_bundle(path) and weights is None:
         return path
     if not is_checkpoint(path):
-        raise InvalidInputError(f"{path}: neither a bundle ({MANIFEST}) nor a checkpoint ({CONFIG})")
-    target = cache_dir() / "bundles" / f"{_plain_name(path)}-{fingerprint(path)[:16]}"
+        raise InvalidInputError(
+            f"{path}: neither a bundle ({MANIFEST}) nor a checkpoint ({CONFIG}, {GGUF_SUFFIX})"
+        )
+    mark = fingerprint(path) if weights is None else _combined(fingerprint(path), fingerprint(weights))
+    target = cache_dir() / "bundles" / f"{_plain_name(weights or path)}-{mark[:16]}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.with_name(target.name + ".lock")):
         if not is_bundle(target):
-            quantise(path, target)
+            quantise(path, target, weights)
     return target
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """Hex digest of the directory's place and content: names and sizes of all files, bytes of the small ones,
-    of the large ones the first and last MiB and the modification time."""
+    """Hex digest of a checkpoint's place and content: names and sizes of its files, bytes of the small ones, of
+    the large ones the first and last MiB and the modification time."""
     digest = hashlib.sha256(str(checkpoint.resolve()).encode())
-    for file in sorted(p for p in checkpoint.iterdir() if p.is_file() and not p.name.startswith(".")):
+    for file in _files_of(checkpoint):
         status = file.stat()
         digest.update(f"\0{file.name}\0{status.st_size}\0".encode())
         with file.open("rb") as stream:
@@ -76,12 +86,29 @@ def fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
+def _files_of(checkpoint: Path) -> list[Path]:
+    """A directory's files, or a GGUF file with its splits (every file of the same name but the number)."""
+    if checkpoint.is_dir():
+        return sorted(p for p in checkpoint.iterdir() if p.is_file() and not p.name.startswith("."))
+    match = SPLIT.fullmatch(checkpoint.name)
+    if match is None:
+        return [checkpoint]
+    pattern = re.compile(rf"{re.escape(match[1])}-\d{{5}}-of-{match[2]}\.gguf")
+    return sorted(p for p in checkpoint.parent.iterdir() if pattern.fullmatch(p.name))
+
+
+def _combined(*marks: str) -> str:
+    return hashlib.sha256("\0".join(marks).encode()).hexdigest()
+
+
 def _directory_of(file: Path) -> Path:
     if file.name in (MANIFEST, CONFIG):
         return file.parent
-    if file.suffix == ".gguf":
-        raise UnsupportedModelError(f"{file}: GGUF files are not read yet; give a safetensors checkpoint")
-    raise InvalidInputError(f"{file}: expected a directory (a bundle or a checkpoint), got a file")
+    if file.suffix == GGUF_SUFFIX:
+        return file
+    raise InvalidInputError(
+        f"{file}: expected a directory (a bundle or a checkpoint) or a {GGUF_SUFFIX} file"
+    )
 
 
 def _hub_snapshot(repo_id: str) -> Path:
@@ -101,6 +128,8 @@ def _hub_snapshot(repo_id: str) -> Path:
 def _plain_name(path: Path) -> str:
     """A name for the cache: of a hub snapshot its repository, else the directory's own."""
     resolved = path.resolve()
+    if resolved.suffix == GGUF_SUFFIX:
+        resolved = resolved.with_suffix("")
     if resolved.parent.name == "snapshots":
         resolved = resolved.parent.parent
     return re.sub(r"[^\w.-]+", "-", resolved.name).strip("-.")[:80] or "model"

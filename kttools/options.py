@@ -14,6 +14,7 @@ import click
 from . import config_file
 
 ENV_PREFIX = "KTTOOLS"
+GGUF_META = "kttools.gguf_path"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -100,21 +101,51 @@ def notice(message: str) -> None:
 
 
 def model_argument(function: F) -> F:
-    """MODEL as an argument or as -m/--model/--model_path; the command receives `model` from pick_model()."""
+    """MODEL as an argument or as -m/--model/--model_path; the command receives `model` from pick_model().
+
+    --gguf_path alone is another spelling of MODEL; beside it, it names the weights (see weights_path()).
+    """
     function = click.argument("model_argument", metavar="[MODEL]", required=False)(function)
+    function = click.option(
+        "--gguf_path",
+        "gguf_path",
+        metavar="GGUF",
+        expose_value=False,
+        callback=_remember_gguf,
+        help="GGUF weights; config and tokenizer come from MODEL where that is given too.",
+    )(function)
     return click.option(
         "-m",
         "--model",
         "--model_path",
-        "--gguf_path",
         "model_option",
         metavar="MODEL",
         help="The model, instead of the argument.",
     )(function)
 
 
-def pick_model(argument: str | None, option: str | None, context: click.Context) -> str:
-    """The one MODEL given. Raises a usage error for none, or for two that differ."""
+def _remember_gguf(context: click.Context, _: click.Parameter, value: str | None) -> None:
+    context.meta[GGUF_META] = value
+
+
+def weights_path(context: click.Context, model: str) -> str | None:
+    """--gguf_path where it is more than another spelling of MODEL: weights for the config of `model`."""
+    gguf = context.meta.get(GGUF_META)
+    return None if gguf == model else gguf
+
+
+def pick_model(
+    argument: str | None, option: str | None, context: click.Context, takes_weights: bool = False
+) -> str:
+    """The one MODEL given. Raises a usage error for none, or for two that differ.
+
+    takes_weights: the command also asks weights_path(); without it, MODEL and --gguf_path are two models.
+    """
+    gguf = context.meta.get(GGUF_META)
+    if gguf is not None and argument is None and option is None:
+        return str(gguf)
+    if gguf is not None and not takes_weights:
+        raise click.UsageError("--gguf_path beside MODEL is for quantize and chat")
     source = context.get_parameter_source("model_option")
     if argument is not None and option is not None and argument != option:
         if source is click.core.ParameterSource.COMMANDLINE:
@@ -122,7 +153,7 @@ def pick_model(argument: str | None, option: str | None, context: click.Context)
         return argument
     chosen = argument if argument is not None else option
     if not chosen:
-        raise click.UsageError("Missing argument 'MODEL': a bundle, a checkpoint directory or a hub id")
+        raise click.UsageError("Missing argument 'MODEL': a bundle, a checkpoint, a GGUF file or a hub id")
     return chosen
 
 

@@ -111,7 +111,6 @@ def test_module_runs_too() -> None:
         (["-sys", "Be brief"], "system", "Be brief"),
         (["-s", "4"], "seed", 4),
         (["--model-path", "m"], "model_option", "m"),
-        (["--gguf_path", "m"], "model_option", "m"),
         (["-m", "m"], "model_option", "m"),
         (["m"], "model_argument", "m"),
         (["--quiet"], "quiet", True),
@@ -122,6 +121,30 @@ def test_module_runs_too() -> None:
 def test_spellings(args: list[str], name: str, value: object) -> None:
     assert run(*args) == 0
     assert SEEN[name] == value
+
+
+def picked(*args: str, takes_weights: bool = True) -> tuple[str, str | None]:
+    """(model, weights) a command gets from these arguments."""
+    found: list[tuple[str, str | None]] = []
+
+    @click.command()
+    @options.model_argument
+    @click.pass_context
+    def command(ctx: click.Context, model_argument: str | None, model_option: str | None) -> None:
+        model = options.pick_model(model_argument, model_option, ctx, takes_weights)
+        found.append((model, options.weights_path(ctx, model)))
+
+    command.main(list(args), standalone_mode=False)
+    return found[0]
+
+
+def test_gguf_path_is_the_model_or_its_weights() -> None:
+    assert picked("--gguf_path", "g") == ("g", None)
+    assert picked("m", "--gguf_path", "g") == ("m", "g")
+    assert picked("--model_path", "m", "--gguf_path", "g") == ("m", "g")
+    assert picked("--gguf_path", "g", takes_weights=False) == ("g", None)
+    with pytest.raises(click.UsageError, match="is for quantize and chat"):
+        picked("m", "--gguf_path", "g", takes_weights=False)
 
 
 def test_global_options_before_the_command() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from kttools.dirs import cache_dir, config_dir
 from kttools.model_source import ensure_bundle, fingerprint, resolve_model
-from kttools_runtime.errors import DownloadError, InvalidInputError, UnsupportedModelError
+from kttools_runtime.errors import DownloadError, InvalidInputError
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def fake_quantise(made: list[Path]):
-    def quantise(source: Path, target: Path) -> None:
+    def quantise(source: Path, target: Path, weights: Path | None) -> None:
         target.mkdir()
         (target / "bundle.json").write_text("{}")
         made.append(target)
@@ -47,9 +47,6 @@ def test_nothing_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_files_that_are_no_model(tmp_path: Path) -> None:
-    (tmp_path / "a.gguf").touch()
-    with pytest.raises(UnsupportedModelError, match="GGUF files are not read yet"):
-        resolve_model(str(tmp_path / "a.gguf"))
     (tmp_path / "a.txt").touch()
     with pytest.raises(InvalidInputError, match="expected a directory"):
         resolve_model(str(tmp_path / "a.txt"))
@@ -83,6 +80,24 @@ def test_a_checkpoint_is_quantised_once(checkpoint: Path) -> None:
     assert first.name.startswith("My-Model-")
     assert ensure_bundle(checkpoint, fake_quantise(made)) == first
     assert made == [first]
+
+
+def test_gguf_files_are_checkpoints(tmp_path: Path, checkpoint: Path) -> None:
+    names = [f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for name in (*names, "other.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    first = tmp_path / names[0]
+    assert resolve_model(str(first)) == first
+    made: list[Path] = []
+    bundle = ensure_bundle(first, fake_quantise(made))
+    assert bundle.name.startswith("m-00001-of-00002-")
+    (tmp_path / "other.gguf").write_bytes(b"changed")
+    assert ensure_bundle(first, fake_quantise(made)) == bundle
+    (tmp_path / names[1]).write_bytes(b"changed")
+    assert ensure_bundle(first, fake_quantise(made)) != bundle
+    pair = ensure_bundle(checkpoint, fake_quantise(made), first)
+    assert pair != ensure_bundle(checkpoint, fake_quantise(made))
+    assert len(made) == 4
 
 
 def test_changed_content_is_another_bundle(checkpoint: Path) -> None:

@@ -41,10 +41,19 @@ class Sampling:
 
 
 def open_session(
-    model_name: str, load: LoadOptions, sampling: Sampling, n_predict: int, **options: Any
+    model_name: str,
+    load: LoadOptions,
+    sampling: Sampling,
+    n_predict: int,
+    gguf_path: str | None = None,
+    **options: Any,
 ) -> tuple[ChatSession, float]:
-    """The session and the seconds that loading took. options: other fields of ChatOptions."""
-    bundle = ensure_bundle(resolve_model(model_name), quantise_in_cache)
+    """The session and the seconds that loading took. options: other fields of ChatOptions.
+
+    gguf_path: weights that replace those of model_name.
+    """
+    weights = resolve_model(gguf_path) if gguf_path else None
+    bundle = ensure_bundle(resolve_model(model_name), quantise_in_cache, weights)
     started = time.perf_counter()
     model = load_model(bundle, load)
     load_s = time.perf_counter() - started
@@ -78,7 +87,7 @@ def load_model(bundle: Path, load: LoadOptions) -> Any:
     )
 
 
-def quantise_in_cache(source: Path, target: Path) -> None:
+def quantise_in_cache(source: Path, target: Path, weights: Path | None = None) -> None:
     """Makes the bundle of a checkpoint with the default formats; the plan goes to stderr (the answer alone
     belongs on stdout)."""
     from kttools.commands.quantize import command as quantize
@@ -86,7 +95,7 @@ def quantise_in_cache(source: Path, target: Path) -> None:
     notice(f"{source} is a checkpoint, not a bundle: quantising it once into {target}")
     context = click.get_current_context()
     with context.scope(), contextlib.redirect_stdout(sys.stderr):
-        arguments = [str(source), "-o", str(target)]
+        arguments = [str(source), "-o", str(target), *(["--gguf_path", str(weights)] if weights else [])]
         with quantize.make_context("quantize", arguments, parent=context.parent) as inner:
             quantize.invoke(inner)
 

@@ -62,7 +62,7 @@ Examples:
 @click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where the shards are computed."
 )
-@click.option("--expert-table", metavar="FILE|none", help="Expert table; none is the model's own router.")
+@click.option("--expert-table", metavar="FILE|NAME|none", help="Expert table; none is the model's own router.")
 @click.option("--experts", type=click.IntRange(min=1), metavar="K", help="Experts per token, renormalised.")
 @click.option("--force_think", is_flag=True, help="Begin every answer with <think>.")
 @options.isa_option
@@ -72,10 +72,12 @@ Examples:
 def command(ctx: click.Context, **given: Any) -> None:
     """Talk to MODEL, or answer one prompt (-p, --prompt_file, or a pipe).
 
-    MODEL is a bundle, a checkpoint directory (quantised once into the cache) or a hub id in the local cache.
+    MODEL is a bundle, a checkpoint directory or GGUF file (quantised once into the cache), or a hub id in the
+    local cache.
     Sampling options left out come from the model's generation_config.json.
     """
-    model = options.pick_model(given.pop("model_argument"), given.pop("model_option"), ctx)
+    model = options.pick_model(given.pop("model_argument"), given.pop("model_option"), ctx, True)
+    given["gguf_path"] = options.weights_path(ctx, model)
     prompt = one_shot_prompt(given.pop("prompt"), given.pop("prompt_file"))
     as_json = given.pop("as_json")
     if as_json and prompt is None:

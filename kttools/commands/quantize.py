@@ -14,6 +14,7 @@ EPILOG = """\b
 Examples:
   kttools quantize ./DeepSeek-V3 -o ./deepseek-v3-int8
   kttools quantize ./DeepSeek-V3 -o ./deepseek-v3-int4 --cpu-format int4 --dry-run
+  kttools quantize DeepSeek-V3-Q8_0-00001-of-00015.gguf -o ./deepseek-v3-int8
 """
 CPU_FORMATS = ("int8", "bf16", "int4", "int4_g32", "int4_g64", "int4_g128")
 
@@ -68,12 +69,13 @@ def command(ctx: click.Context, **given: Any) -> None:
     The plan (bytes to read and write, RAM) is printed first. A run that was cut off continues where it
     stopped when it is started again with the same source and options.
     """
-    model = options.pick_model(given.pop("model_argument"), given.pop("model_option"), ctx)
-    _run(model, **given)
+    model = options.pick_model(given.pop("model_argument"), given.pop("model_option"), ctx, True)
+    _run(model, options.weights_path(ctx, model), **given)
 
 
 def _run(
     model: str,
+    gguf_path: str | None,
     output: Path,
     cpu_format: str,
     gpu_format: str,
@@ -89,7 +91,7 @@ def _run(
     from kttools.quantize.recipe import make_recipe
     from kttools.quantize.writer import Quantizer
 
-    source = open_model(resolve_model(model))
+    source = open_model(resolve_model(model), resolve_model(gguf_path) if gguf_path else None)
     for line in source.notices:
         options.notice(line)
     plan = make_plan(source, make_recipe(cpu_format, gpu_format, int(group_size), recipe), workers)

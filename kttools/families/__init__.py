@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kttools.checkpoint import open_checkpoint
+from kttools.checkpoint.gguf import is_gguf, open_gguf
 from kttools_runtime import strict_json
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
@@ -50,11 +51,15 @@ def detect(config: dict[str, Any], where: str = "config.json") -> Family:
     raise UnsupportedModelError(f"{where}: architecture {got:.200} is not supported; supported: {supported}")
 
 
-def open_model(path: str | Path) -> SourceModel:
-    """Opens a Hugging Face directory (or a file in it): config and headers are read and checked, no data.
+def open_model(path: str | Path, gguf_path: str | Path | None = None) -> SourceModel:
+    """Opens a Hugging Face directory (or a file in it) or a GGUF model (a file, a split, their directory).
 
-    Raises InvalidInputError, CorruptFileError or UnsupportedModelError, naming file and reason.
+    gguf_path: takes the weights from there, and config and tokenizer from `path`. Config and headers are read
+    and checked, no data. Raises InvalidInputError, CorruptFileError or UnsupportedModelError, naming file and
+    reason.
     """
+    if gguf_path is None and is_gguf(Path(path)):
+        return _open_gguf(Path(path))
     directory = Path(path)
     if directory.is_file():
         directory = directory.parent
@@ -64,17 +69,34 @@ def open_model(path: str | Path) -> SourceModel:
     config = strict_json.read_object(config_file, MAX_CONFIG_BYTES)
     family = detect(config, str(config_file))
     readable = {key: value for key, value in config.items() if key != "quantization_config"}
-    model_config, notices = _read_config(family, readable, config_file)
+    generation_file = directory / "generation_config.json"
+    generation = (
+        strict_json.read_object(generation_file, MAX_CONFIG_BYTES) if generation_file.exists() else {}
+    )
+    model_config, notices = _read_config(family, readable, generation, str(config_file))
+    if gguf_path is not None:
+        gguf = open_gguf(gguf_path, with_tokenizer=False)
+        notices += gguf.notices
+        return SourceModel(Path(gguf_path), family, model_config, config, notices, gguf.weights, directory)
     checkpoint = open_checkpoint(directory, config.get("quantization_config"), str(config_file))
     return SourceModel(directory, family, model_config, config, notices, checkpoint, directory)
 
 
-def _read_config(family: Family, config: dict[str, Any], config_file: Path) -> tuple[ModelConfig, list[str]]:
-    generation_file = config_file.parent / "generation_config.json"
-    generation = (
-        strict_json.read_object(generation_file, MAX_CONFIG_BYTES) if generation_file.exists() else {}
+def _open_gguf(path: Path) -> SourceModel:
+    """A GGUF model with the config and tokenizer its metadata give."""
+    gguf = open_gguf(path)
+    where = str(gguf.weights.files[0])
+    family = detect(gguf.config, where)
+    model_config, notices = _read_config(family, gguf.config, {}, where)
+    notices += gguf.notices
+    return SourceModel(
+        path, family, model_config, gguf.config, notices, gguf.weights, None, gguf.tokenizer_data
     )
-    where = str(config_file)
+
+
+def _read_config(
+    family: Family, config: dict[str, Any], generation: dict[str, Any], where: str
+) -> tuple[ModelConfig, list[str]]:
     try:
         return family.read_config(config, generation, where)
     except InvalidInputError as error:
