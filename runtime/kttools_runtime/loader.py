@@ -24,6 +24,7 @@ def load(
     expert_table: str | Path | None = None,
     num_experts: int | None = None,
     isa: str | None = None,
+    stream_layers: bool = False,
 ) -> Model:
     """Open a bundle for computing.
 
@@ -31,9 +32,11 @@ def load(
     the reference path), "bfloat16", or None for the fastest that keeps quality, today bfloat16: inputs of
     matrix products and the KV cache are bfloat16, everything between them float32. threads: CPU threads;
     None: KTTOOLS_CPU_INFER or every CPU of this process. cache_len: default length of new caches in tokens.
-    expert_table: a file, the name of a table in the bundle, None for the bundle's default (the native router
-    where it has none) or "none". num_experts: fewer routed experts per token, without a table. isa: kernel
-    table. Raises UsageError, HardwareError, InvalidInputError and its subclasses.
+    expert_table: a file, the name of a table in the bundle or among the project's own, None for the bundle's
+    default (the native router where it has none) or "none". num_experts: fewer routed experts per token,
+    without a table. isa: kernel table. stream_layers: hold one layer at a time, for models larger than RAM and passes that take a layer
+    for many texts (see layer_stream); expert_table must be "none" then. Raises UsageError, HardwareError,
+    InvalidInputError and its subclasses.
     """
     where = _device(device)
     if dtype not in DTYPES:
@@ -42,10 +45,12 @@ def load(
         raise UsageError(f"cache_len must be positive, got {cache_len}")
     if num_experts is not None and expert_table not in (None, "none"):
         raise UsageError("an expert table and a number of experts are both given: use one of them")
+    if stream_layers and expert_table != "none":
+        raise UsageError('layers that are streamed run the native router: expert_table must be "none"')
     manifest = load_manifest(path)
     asked = "none" if num_experts is not None else expert_table
     table = locate_table(asked, manifest.path, list(manifest.files))
-    model = _load(manifest, where, DTYPES[dtype], threads, cache_len, num_experts, isa)
+    model = _load(manifest, where, DTYPES[dtype], threads, cache_len, num_experts, isa, stream_layers)
     if table is not None:
         model.use_table(table)
     return model
@@ -59,6 +64,7 @@ def _load(
     cache_len: int | None,
     num_experts: int | None,
     isa: str | None,
+    stream_layers: bool,
 ) -> Model:
     from .experts import ExpertEngine
 
@@ -82,6 +88,7 @@ def _load(
         cache_len=cache_len,
         num_experts=num_experts,
         tokenizer_dir=manifest.root / "tokenizer",
+        stream_layers=stream_layers,
     )
 
 

@@ -12,11 +12,13 @@ from .cache import KVCache
 from .config import ModelConfig
 from .errors import InvalidInputError, UsageError
 from .gqa import GroupedQueryAttention
+from .layer_stream import LayerStream
 from .linear import Linear, LinearSpec, Placement, TorchLinear
 from .mlp import GatedMLP
 from .moe import MoELayer, RoutedExperts
 from .norm import RMSNorm
 from .rope import Rope
+from .routing import Router
 from .torch_threads import set_torch_threads
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ class Model:
         config: ModelConfig,
         placement: Placement,
         embedding: Tensor,
-        layers: list[DecoderLayer],
+        layers: Sequence[DecoderLayer],
         norm: RMSNorm,
         head: Linear,
         threads: int,
@@ -100,24 +102,27 @@ class Model:
 
     @property
     def moe_layers(self) -> dict[int, MoELayer]:
-        """The MoE layers by model layer index."""
-        return {i: layer.mlp for i, layer in enumerate(self.layers) if isinstance(layer.mlp, MoELayer)}
+        """The MoE layers by model layer index; of a model with streamed layers all at once, too."""
+        return {i: moe for i, layer in enumerate(self.layers) if (moe := _moe(layer))}
 
     def fingerprint(self) -> str:
         """What an expert table for this model carries (see expert_table.model_fingerprint)."""
         from .expert_table import model_fingerprint
 
-        routers = {index: layer.router for index, layer in self.moe_layers.items()}
-        tensors = {i: (r.weight,) if r.bias is None else (r.weight, r.bias) for i, r in routers.items()}
+        # One layer at a time: a streamed model does not hold them all.
+        tensors = {i: _tensors(moe.router) for i, layer in enumerate(self.layers) if (moe := _moe(layer))}
         return model_fingerprint(self.config, tensors)
 
     def use_table(self, table: "str | Path | ExpertTable | None") -> None:
         """Apply an expert table (a file, or one already read) from now on; None: the native router.
 
-        Raises InvalidInputError for another model's table, CorruptFileError for a broken one.
+        Raises InvalidInputError for another model's table, CorruptFileError for a broken one, UsageError
+        while layers are streamed.
         """
         from .expert_table import read_table
 
+        if isinstance(self.layers, LayerStream):
+            raise UsageError("an expert table cannot be used while layers are streamed: load the model whole")
         if isinstance(table, (str, Path)):
             table = read_table(table, self.config, self.fingerprint())
         for index, layer in self.moe_layers.items():
@@ -241,8 +246,11 @@ def build_model(
     cache_len: int | None = None,
     num_experts: int | None = None,
     tokenizer_dir: Path | None = None,
+    stream_layers: bool = False,
 ) -> Model:
     """A model from canonical weights. experts(layer): the routed experts of a model layer.
+
+    stream_layers: each layer is built when it is used, and one is held (see layer_stream).
 
     Raises UsageError for a num_experts the router cannot give, InvalidInputError for weights that do not fit.
     """
@@ -252,20 +260,11 @@ def build_model(
     embedding = placement.source.tensor("model.embed_tokens.weight", (config.vocab_size, hidden_size))
     embedding = embedding.to(placement.device)
 
-    def norm(name: str) -> RMSNorm:
-        return RMSNorm(placement.vector(f"{name}.weight", hidden_size), config.rms_norm_eps)
+    def build(index: int) -> DecoderLayer:
+        return _build_layer(config, placement, index, experts, num_experts)
 
-    layers = []
-    for index in range(config.num_hidden_layers):
-        prefix = f"model.layers.{index}"
-        attention = _attention(config, placement, index)
-        mlp: GatedMLP | MoELayer
-        if config.is_moe(index):
-            mlp = MoELayer(config, placement, f"{prefix}.mlp", experts(index), num_experts)
-        else:
-            mlp = GatedMLP(placement, f"{prefix}.mlp", hidden_size, config.intermediate_size)
-        layer_norms = norm(f"{prefix}.input_layernorm"), norm(f"{prefix}.post_attention_layernorm")
-        layers.append(DecoderLayer(layer_norms[0], attention, layer_norms[1], mlp))
+    count = config.num_hidden_layers
+    layers = LayerStream(build, count) if stream_layers else [build(index) for index in range(count)]
     head: Linear
     if config.tie_word_embeddings:
         # One tensor for both; the kernels' packed form would be a second copy.
@@ -273,8 +272,39 @@ def build_model(
         head = TorchLinear(embedding)
     else:
         head = placement.linear(LinearSpec("lm_head", config.vocab_size), hidden_size)
-    final_norm = norm("model.norm")
+    final_norm = _norm(config, placement, "model.norm")
     return Model(config, placement, embedding, layers, final_norm, head, threads, cache_len, tokenizer_dir)
+
+
+def _build_layer(
+    config: ModelConfig,
+    placement: Placement,
+    index: int,
+    experts: Callable[[int], RoutedExperts],
+    num_experts: int | None,
+) -> DecoderLayer:
+    prefix = f"model.layers.{index}"
+    attention = _attention(config, placement, index)
+    mlp: GatedMLP | MoELayer
+    if config.is_moe(index):
+        mlp = MoELayer(config, placement, f"{prefix}.mlp", experts(index), num_experts)
+    else:
+        mlp = GatedMLP(placement, f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
+    before = _norm(config, placement, f"{prefix}.input_layernorm")
+    between = _norm(config, placement, f"{prefix}.post_attention_layernorm")
+    return DecoderLayer(before, attention, between, mlp)
+
+
+def _norm(config: ModelConfig, placement: Placement, name: str) -> RMSNorm:
+    return RMSNorm(placement.vector(f"{name}.weight", config.hidden_size), config.rms_norm_eps)
+
+
+def _moe(layer: DecoderLayer) -> MoELayer | None:
+    return layer.mlp if isinstance(layer.mlp, MoELayer) else None
+
+
+def _tensors(router: Router) -> tuple[Tensor, ...]:
+    return (router.weight,) if router.bias is None else (router.weight, router.bias)
 
 
 def _attention(config: ModelConfig, placement: Placement, layer: int) -> Attention:
