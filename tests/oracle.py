@@ -133,11 +133,11 @@ def hf_model(overrides: dict[str, Any], seed: int = 0) -> Any:
     config = transformers.DeepseekV3Config(**{**BASE, **overrides})
     config._attn_implementation = "eager"
     model = transformers.DeepseekV3ForCausalLM(config).eval().to(torch.float32)
-    _randomise(model, seed)
+    randomise(model, seed)
     return model
 
 
-def _randomise(model: Any, seed: int) -> None:
+def randomise(model: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
@@ -148,7 +148,7 @@ def _randomise(model: Any, seed: int) -> None:
 
 
 def _scaled(name: str, noise: Tensor) -> Tensor:
-    if name.endswith(("layernorm.weight", "model.norm.weight")):
+    if name.endswith("norm.weight"):
         return 1.0 + 0.2 * noise
     if name.endswith("e_score_correction_bias"):
         return 0.2 * noise - (0.2 * noise).min()

@@ -12,7 +12,7 @@ from kttools_runtime import strict_json
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
 
-from . import deepseek_v3
+from . import deepseek_v2, deepseek_v3, glm4_moe, mixtral, qwen2_moe, qwen3_moe
 from .base import Family, Role, TensorSpec
 from .canonical import canonical_tensors
 from .source import SourceModel, TensorSource
@@ -29,7 +29,14 @@ __all__ = [
     "open_model",
 ]
 
-FAMILIES: tuple[Family, ...] = (deepseek_v3.FAMILY,)
+FAMILIES: tuple[Family, ...] = (
+    deepseek_v3.FAMILY,
+    deepseek_v2.FAMILY,
+    qwen3_moe.FAMILY,
+    qwen2_moe.FAMILY,
+    mixtral.FAMILY,
+    glm4_moe.FAMILY,
+)
 MAX_CONFIG_BYTES = 10_000_000
 
 

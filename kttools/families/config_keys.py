@@ -127,6 +127,15 @@ def softmax_router(norm_topk_prob: bool) -> dict[str, Any]:
     }
 
 
+def every_layer(reader: ConfigReader) -> tuple[int, ...]:
+    return tuple(range(min(reader.integer("num_hidden_layers"), MAX_LISTED_LAYERS)))
+
+
+def window_everywhere(reader: ConfigReader, window: int) -> dict[str, Any]:
+    """A sliding window in all layers."""
+    return {"sliding_window": window, "sliding_window_layers": every_layer(reader)}
+
+
 def dense_then_moe(reader: ConfigReader) -> tuple[int, ...]:
     """Layer L is MoE when L >= first_k_dense_replace and L % moe_layer_freq == 0 (DeepSeek's own code)."""
     num_layers = reader.integer("num_hidden_layers")
@@ -141,12 +150,11 @@ def dense_then_moe(reader: ConfigReader) -> tuple[int, ...]:
 
 def every_sparse_step(reader: ConfigReader) -> tuple[int, ...]:
     """Layer L is MoE when (L + 1) % decoder_sparse_step == 0 and mlp_only_layers does not list it (Qwen)."""
-    num_layers, step = reader.integer("num_hidden_layers"), reader.integer("decoder_sparse_step", 1)
+    step = reader.integer("decoder_sparse_step", 1)
     if step < 1:
         reader.wrong("decoder_sparse_step", "at least 1", step)
-    dense = reader.integers("mlp_only_layers")
-    layers = range(min(num_layers, MAX_LISTED_LAYERS))
-    return tuple(layer for layer in layers if (layer + 1) % step == 0 and layer not in dense)
+    dense = set(reader.integers("mlp_only_layers"))
+    return tuple(layer for layer in every_layer(reader) if (layer + 1) % step == 0 and layer not in dense)
 
 
 def num_experts(reader: ConfigReader) -> int:

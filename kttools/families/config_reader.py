@@ -43,6 +43,13 @@ class ConfigReader:
             self.wrong(key, "a list of integers or null", value)
         return tuple(value)
 
+    def texts(self, key: str) -> tuple[str, ...] | None:
+        """A list of strings; None when absent or null."""
+        value = self._typed(key, None, (list, type(None)), "a list of strings or null")
+        if value is not None and not all(type(item) is str for item in value):
+            self.wrong(key, "a list of strings or null", value)
+        return None if value is None else tuple(value)
+
     def text(self, key: str, default: Any = REQUIRED) -> str:
         return self._typed(key, default, (str,), "a string")
 
