@@ -11,7 +11,8 @@ class LayerStream(Sequence["DecoderLayer"]):
     """Looks like the list of a model's layers. build(index) reads a layer's weights and packs them.
 
     Asking for another layer lets go of the one before it first, so a pass over many texts should take each
-    layer for all of them before the next. What is set on a layer (a table, say) is gone with it.
+    layer for all of them before the next. A loop variable holds the old layer while the next is built: use an
+    index. What is set on a layer (a table, say) is gone with it.
     """
 
     def __init__(self, build: Callable[[int], "DecoderLayer"], count: int) -> None:

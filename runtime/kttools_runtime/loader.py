@@ -34,9 +34,9 @@ def load(
     None: KTTOOLS_CPU_INFER or every CPU of this process. cache_len: default length of new caches in tokens.
     expert_table: a file, the name of a table in the bundle or among the project's own, None for the bundle's
     default (the native router where it has none) or "none". num_experts: fewer routed experts per token,
-    without a table. isa: kernel table. stream_layers: hold one layer at a time, for models larger than RAM and passes that take a layer
-    for many texts (see layer_stream); expert_table must be "none" then. Raises UsageError, HardwareError,
-    InvalidInputError and its subclasses.
+    without a table. isa: kernel table. stream_layers: hold one layer at a time, for models larger than RAM
+    and passes that take a layer for many texts (see layer_stream); expert_table must be "none" then. Raises
+    UsageError, HardwareError, InvalidInputError and its subclasses.
     """
     where = _device(device)
     if dtype not in DTYPES:

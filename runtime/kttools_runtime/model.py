@@ -18,7 +18,6 @@ from .mlp import GatedMLP
 from .moe import MoELayer, RoutedExperts
 from .norm import RMSNorm
 from .rope import Rope
-from .routing import Router
 from .torch_threads import set_torch_threads
 
 if TYPE_CHECKING:
@@ -109,8 +108,8 @@ class Model:
         """What an expert table for this model carries (see expert_table.model_fingerprint)."""
         from .expert_table import model_fingerprint
 
-        # One layer at a time: a streamed model does not hold them all.
-        tensors = {i: _tensors(moe.router) for i, layer in enumerate(self.layers) if (moe := _moe(layer))}
+        # By index, because a loop variable would hold a streamed layer while the next is built.
+        tensors = {i: _router_tensors(self.layers[i]) for i in self.config.moe_layers}
         return model_fingerprint(self.config, tensors)
 
     def use_table(self, table: "str | Path | ExpertTable | None") -> None:
@@ -303,7 +302,11 @@ def _moe(layer: DecoderLayer) -> MoELayer | None:
     return layer.mlp if isinstance(layer.mlp, MoELayer) else None
 
 
-def _tensors(router: Router) -> tuple[Tensor, ...]:
+def _router_tensors(layer: DecoderLayer) -> tuple[Tensor, ...]:
+    moe = _moe(layer)
+    if moe is None:
+        raise AssertionError("config.moe_layers names a dense layer")
+    router = moe.router
     return (router.weight,) if router.bias is None else (router.weight, router.bias)
 
 
