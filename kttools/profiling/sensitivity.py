@@ -68,17 +68,25 @@ def _window_kl(
 def sensitivities(
     runner: LayerRunner, chosen: Sequence[Window], reduced: Policies, epsilon: dict[int, float]
 ) -> dict[int, Sensitivity]:
-    """By MoE layer. reduced: the policy of each layer's fork; epsilon: its squared error per token."""
+    """By MoE layer. reduced: the policy of each layer's fork; epsilon: its squared error per token.
+
+    The noise floor is a fork of the first layer that keeps everything, summed in another order: its rounding
+    goes through the most layers.
+    """
     native = runner.config.num_experts_per_tok
     null = LayerPolicy(kind="uniform", k=native, order="weight")
-    found = fork_kl(runner, chosen, {layer: [policy, null] for layer, policy in reduced.items()})
+    first = min(reduced)
+    forks: dict[int, list[LayerPolicy | None]] = {i: [policy] for i, policy in reduced.items()}
+    forks[first].append(null)
+    found = fork_kl(runner, chosen, forks)
     weights = torch.tensor([len(w.token_ids) - 1.0 for w in chosen], dtype=torch.float64)
     share = weights / weights.sum()
+    noise = float(found[first][1] @ share)
     result = {}
     for layer, kl in found.items():
-        mean = kl @ share
-        error = ((kl[0] - mean[0]).square() * share.square()).sum().sqrt()
-        result[layer] = Sensitivity(float(mean[0]), float(error), float(mean[1]), epsilon[layer])
+        mean = kl[0] @ share
+        error = ((kl[0] - mean).square() * share.square()).sum().sqrt()
+        result[layer] = Sensitivity(float(mean), float(error), noise, epsilon[layer])
     return result
 
 

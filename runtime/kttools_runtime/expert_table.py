@@ -6,6 +6,7 @@ carries the fingerprint of its model; another model's table is refused, never ig
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ VERSION = 1
 SUFFIX = ".expert-table.json"
 # The default table of a bundle, when its manifest lists it.
 BUNDLE_TABLE = "expert-table.json"
+# Folder of its named tables.
+BUNDLE_TABLES = "expert-tables/"
 MAX_TABLE_BYTES = 64_000_000
 KEYS = {
     "format",
@@ -218,24 +221,43 @@ class _Reader:
             self.fail(f"policy.{what}: expected one of {', '.join(known)}, got {value!r:.40}")
 
 
-def locate_table(
-    asked: str | Path | None, bundle_path: Callable[[str], Path], listed: Sequence[str]
-) -> Path | None:
-    """Which file a user means: a path, the name of a table in the bundle, or None for the bundle's default.
+def shipped_folders() -> list[Path]:
+    """Where the project's own tables lie: profiles/ of a checkout, share/kttools/profiles of an install."""
+    checkout = Path(__file__).resolve().parents[2] / "profiles"
+    return [f for f in (checkout, Path(sys.prefix) / "share/kttools/profiles") if f.is_dir()]
 
-    bundle_path: from a file the manifest lists to where it lies. Returns None for the native router.
-    Raises InvalidInputError for what is not there, listing what is.
+
+def locate_table(
+    asked: str | Path | None,
+    bundle_path: Callable[[str], Path],
+    listed: Sequence[str],
+    folders: Sequence[Path] | None = None,
+) -> Path | None:
+    """Which file a user means: a path, the name of a table, or None for the bundle's default.
+
+    A name is looked up in the bundle, then in `folders` (default: shipped_folders()). bundle_path: from a
+    file the manifest lists to where it lies. Returns None for the native router. Raises InvalidInputError for
+    what is not there, listing what is.
     """
     if asked == "none":
         return None
     if asked is None:
         return bundle_path(BUNDLE_TABLE) if BUNDLE_TABLE in listed else None
-    named = f"expert-tables/{asked}{SUFFIX}"
-    if named in listed and not Path(asked).exists():
+    if Path(asked).exists():
+        return Path(asked)
+    named = f"{BUNDLE_TABLES}{asked}{SUFFIX}"
+    if named in listed:
         return bundle_path(named)
-    if not Path(asked).exists():
-        names = [n[len("expert-tables/") : -len(SUFFIX)] for n in listed if n.startswith("expert-tables/")]
-        raise InvalidInputError(
-            f"{asked}: no such expert table; tables in this bundle: {', '.join(sorted(names)) or 'none'}"
-        )
-    return Path(asked)
+    folders = shipped_folders() if folders is None else folders
+    shipped = {_stem(path.name): path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}"))}
+    if str(asked) in shipped:
+        return shipped[str(asked)]
+    names = [_stem(n[len(BUNDLE_TABLES) :]) for n in listed if n.startswith(BUNDLE_TABLES)]
+    raise InvalidInputError(
+        f"{asked}: no such expert table; tables in this bundle: {', '.join(sorted(names)) or 'none'}; "
+        f"tables of the project: {', '.join(sorted(shipped)) or 'none'}"
+    )
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(SUFFIX)

@@ -144,11 +144,13 @@ class Facts:
         rows = (self.evaluation or {}).get("policies", [])
         return next((row for row in rows if row["name"] == name), None)
 
-    def comparison(self, against: str, scope: str = "pooled") -> dict[str, Any] | None:
-        """The judged policy against another one."""
+    def comparison(
+        self, against: str, scope: str = "pooled", policy: str | None = None
+    ) -> dict[str, Any] | None:
+        """A policy (default: the judged one) against another one."""
         judged = self.judged
         rows = (self.evaluation or {}).get("comparisons", [])
-        mine = judged and judged["name"]
+        mine = policy if policy is not None else judged and judged["name"]
         return next(
             (r for r in rows if r["policy"] == mine and r["against"] == against and r["scope"] == scope), None
         )
@@ -189,6 +191,11 @@ class Facts:
     def predictions(self) -> list[dict[str, Any]]:
         rows = (self.table or {}).get("provenance", {}).get("predicted") or []
         return [r for r in rows if (r.get("kl_predicted") or 0) > 0 and (r.get("kl_measured") or 0) > 0]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """What was tried on the probe documents: ingredient, tried, kl, gain, standard_error, kept."""
+        return list((self.table or {}).get("provenance", {}).get("steps") or [])
 
     @property
     def hot_experts(self) -> dict[int, list[int]]:

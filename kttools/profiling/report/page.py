@@ -92,6 +92,7 @@ def render_page(facts: Facts) -> str:
         _row([PARETO], facts),
         _policies(facts),
         *(_row(row, facts) for row in CARDS),
+        _steps(facts),
         _hot_experts(facts),
         _sources(facts),
         _footer(facts),
@@ -181,6 +182,32 @@ def _policies(facts: Facts) -> str:
     table = tag("div", tag("table", head, *body), class_="scroll")
     lead = f"All measured on the same text in the same run, best first. {baseline_note(facts)}"
     return _card("Every policy", table, lead)
+
+
+def _steps(facts: Facts) -> str:
+    """Every ingredient that was tried, with its gain."""
+    if not facts.steps:
+        return ""
+    head = tag("tr", *(tag("th", c) for c in ("ingredient", "tried", "KL", "against", "gain", "kept")))
+    rows = [
+        tag(
+            "tr",
+            tag("td", escape(step["ingredient"])),
+            tag("td", escape(step["tried"])),
+            tag("td", f"{step['kl']:.5f}"),
+            tag("td", f"{step['kl_against']:.5f}"),
+            tag("td", f"{step['gain']:+.5f} +- {step['standard_error']:.5f}"),
+            tag("td", "yes" if step["kept"] else "no"),
+            class_="judged" if step["kept"] else None,
+        )
+        for step in facts.steps
+    ]
+    return _card(
+        "What was tried",
+        tag("div", tag("table", head, *rows), class_="scroll"),
+        "Mean KL on the probe documents of the profile. A change is kept when its paired gain is more than two "
+        "standard errors; the evaluation text plays no part.",
+    )
 
 
 def _hot_experts(facts: Facts) -> str:

@@ -36,6 +36,7 @@ def verdict(facts: Facts) -> Verdict:
 def _sentences(facts: Facts, judged: dict[str, Any]) -> list[str]:
     out = [_cost(facts, judged)]
     out += [line for rival in facts.rivals if (line := _against(facts, rival))]
+    out += _alpha_alone(facts) + _calibration(facts, judged)
     out += _domains(facts, judged)
     return out
 
@@ -68,6 +69,30 @@ def _against(facts: Facts, rival: str) -> str:
     sentence = f"Its KL is {word} that of {other.get('label') or rival} at {other['k_mean']:.2f} experts"
     low, high = number(row.get("ratio_low")), number(row.get("ratio_high"))
     return f"{sentence}: {row['ratio']:.3f} of it, 95 % interval {low:.3f} to {high:.3f}."
+
+
+def _alpha_alone(facts: Facts) -> list[str]:
+    """What rescaling gives without a profile's choice of layers or tokens."""
+    flat = facts.flat_rival
+    row = facts.comparison(flat, policy="flat-alpha") if flat else None
+    if row is None or row.get("ratio") is None:
+        return []
+    low, high = number(row.get("ratio_low")), number(row.get("ratio_high"))
+    return [
+        f"Rescaling the kept weights alone (flat k + alpha) gives {row['ratio']:.3f} of flat k's KL, "
+        f"95 % interval {low:.3f} to {high:.3f}."
+    ]
+
+
+def _calibration(facts: Facts, judged: dict[str, Any]) -> list[str]:
+    found = ((facts.evaluation or {}).get("calibration") or {}).get(judged["name"])
+    if not found:
+        return []
+    return [
+        f"Its threshold was set on the routing of this test text (not on its KL). As made from the probe "
+        f"documents it keeps {found['k_mean_from_probes']:.3f} experts here, at a KL of "
+        f"{found['kl_from_probes']:.4f}."
+    ]
 
 
 def _domains(facts: Facts, judged: dict[str, Any]) -> list[str]:
@@ -154,13 +179,33 @@ def policy_rows(facts: Facts) -> list[list[str]]:
                 _optional(m.get("kl_p99"), "{:.3f}"),
                 _optional(m.get("perplexity_ratio"), "{:.4f}"),
                 _optional(m.get("top1_agreement"), "{:.2%}"),
+                _relative(facts, row["name"]),
                 _optional(row.get("tokens_per_second"), "{:,.0f}"),
+                _optional(row.get("decode_tokens_per_second"), "{:,.0f}"),
             ]
         )
     return out
 
 
-POLICY_COLUMNS = ["policy", "mean k", "mean KL [95 %]", "p99 KL", "perplexity x", "same top token", "tok/s"]
+POLICY_COLUMNS = [
+    "policy",
+    "mean k",
+    "mean KL [95 %]",
+    "p99 KL",
+    "perplexity x",
+    "same top token",
+    "KL / flat [95 %]",
+    "prefill tok/s",
+    "decode tok/s",
+]
+
+
+def _relative(facts: Facts, name: str) -> str:
+    flat = facts.flat_rival
+    row = facts.comparison(flat, policy=name) if flat else None
+    if row is None or row.get("ratio") is None:
+        return ""
+    return f"{row['ratio']:.3f} [{number(row.get('ratio_low')):.3f}, {number(row.get('ratio_high')):.3f}]"
 
 
 def _optional(value: float | None, form: str) -> str:
