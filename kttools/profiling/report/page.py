@@ -205,7 +205,7 @@ def _steps(facts: Facts) -> str:
     return _card(
         "What was tried",
         tag("div", tag("table", head, *rows), class_="scroll"),
-        "Mean KL on the probe documents of the profile. A change is kept when its paired gain is more than two "
+        "Mean KL on the probe documents of the profile. A change is kept when its paired gain is above two "
         "standard errors; the evaluation text plays no part.",
     )
 
