@@ -35,6 +35,7 @@ COMMANDS: dict[str, Entry] = {
     "verify": Entry("kttools.commands.verify:command", "Check every byte of a bundle."),
     "bench": Entry("kttools.commands.bench:command", "Measure the expert engine or a whole model."),
     "doctor": Entry("kttools.commands.doctor:command", "Show what this machine can run, and what slows it."),
+    "convert": Entry("kttools.commands.convert:command", "Write a checkpoint or a bundle as GGUF."),
     "completion": Entry("kttools.commands.completion:command", "Print the shell completion script."),
 }
 

@@ -7,10 +7,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kttools_runtime.errors import DownloadError, InvalidInputError
 
 from .dirs import cache_dir
+
+if TYPE_CHECKING:
+    from .families import SourceModel
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 MANIFEST = "bundle.json"
@@ -48,9 +52,9 @@ def is_checkpoint(path: Path) -> bool:
 def ensure_bundle(
     path: Path, quantise: Callable[[Path, Path, Path | None], None], weights: Path | None = None
 ) -> Path:
-    """A bundle for path: itself, or its form in the cache, made by `quantise` if absent.
+    """A bundle for path: itself, or its form in the cache, made by quantise(source, target, weights).
 
-    quantise(source, target, weights) writes it. weights: GGUF that replaces the weights of path. Two processes that want the same bundle wait for each
+    weights: GGUF that replaces the weights of path. Two processes that want the same bundle wait for each
     other.
     """
     if is_bundle(path) and weights is None:
@@ -68,9 +72,18 @@ def ensure_bundle(
     return target
 
 
+def open_source(text: str) -> "SourceModel":
+    """MODEL as a source of tensors: a checkpoint, GGUF, or a bundle (dequantised). Raises KTError."""
+    from .bundle.source import open_bundle
+    from .families import open_model
+
+    path = resolve_model(text)
+    return open_bundle(path) if is_bundle(path) else open_model(path)
+
+
 def fingerprint(checkpoint: Path) -> str:
-    """Hex digest of a checkpoint's place and content: names and sizes of its files, bytes of the small ones, of
-    the large ones the first and last MiB and the modification time."""
+    """Hex digest of a checkpoint's place and content: names and sizes of its files, bytes of the small
+    ones, of the large ones the first and last MiB and the modification time."""
     digest = hashlib.sha256(str(checkpoint.resolve()).encode())
     for file in _files_of(checkpoint):
         status = file.stat()

@@ -11,6 +11,8 @@ from typing import Any
 
 from kttools.checkpoint.gguf.header import GgufTensor
 from kttools.checkpoint.gguf.metadata import Metadata
+from kttools_runtime.config import ModelConfig
+from kttools_runtime.errors import UnsupportedModelError
 
 REQUIRED: Any = ...
 LAYER = re.compile(r"(?<=\.)(\d{1,9})(?=\.)")
@@ -52,14 +54,16 @@ class Architecture:
     """One value of general.architecture.
 
     finish(metadata, tensors, config): completes what the keys gave (in place) and returns notices.
-    describe(config): the GGUF keys beyond the table, relative, for a file we write.
+    describe(model): the GGUF keys beyond the table, relative, for a file we write; raises
+    UnsupportedModelError for what GGUF cannot say. holds(model): whether such a model can be written as this.
     """
 
     name: str
     keys: tuple[Key, ...]
     names: tuple[Name, ...]
     finish: Callable[[Metadata, dict[str, GgufTensor], dict[str, Any]], list[str]]
-    describe: Callable[[dict[str, Any]], dict[str, int | float | bool | str]]
+    describe: Callable[[ModelConfig], dict[str, int | float | bool | str]]
+    holds: Callable[[ModelConfig], bool]
 
     def hub_name(self, gguf_name: str) -> tuple[str, Transform] | None:
         """The hub's name of a GGUF tensor; None when the table does not know it."""
@@ -88,6 +92,20 @@ def read_keys(metadata: Metadata, prefix: str, keys: Iterable[Key]) -> dict[str,
     """The table's keys from the metadata, by their config.json names."""
     getters = {int: metadata.integer, float: metadata.number, bool: metadata.boolean}
     return {key.config: getters[key.kind](f"{prefix}.{key.gguf}", key.default) for key in keys}
+
+
+def model_keys(model: ModelConfig, keys: Iterable[Key]) -> dict[str, int | float | bool | str]:
+    """The table's keys for a file we write, from the fields of the same name; null ones are left out."""
+    values = {key.gguf: getattr(model, key.config, None) for key in keys}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def leading_dense_layers(model: ModelConfig) -> int:
+    """How many layers stand before the MoE ones, which GGUF takes to be all others."""
+    first = model.moe_layers[0] if model.moe_layers else model.num_hidden_layers
+    if model.moe_layers != tuple(range(first, model.num_hidden_layers)):
+        raise UnsupportedModelError("GGUF cannot say that dense layers follow MoE layers")
+    return first
 
 
 def layer_names(*pairs: tuple[str, str]) -> tuple[Name, ...]:

@@ -9,7 +9,9 @@ from typing import Any
 
 from kttools.checkpoint.gguf.header import GgufTensor
 from kttools.checkpoint.gguf.metadata import Metadata
+from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
+from kttools_runtime.rope_scaling import RopeScaling, YarnScaling
 
 from .base import (
     BLOCK_NAMES,
@@ -20,6 +22,7 @@ from .base import (
     Architecture,
     Key,
     layer_names,
+    leading_dense_layers,
 )
 
 NAME = "deepseek2"
@@ -144,38 +147,45 @@ def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
     return rope
 
 
-def describe(config: dict[str, Any]) -> dict[str, int | float | bool | str]:
-    """Keys of a file in the attn_k_b + attn_v_b layout; lengths as llama.cpp's converter writes them."""
-    rank, rope, values = config["kv_lora_rank"], config["qk_rope_head_dim"], config["v_head_dim"]
+def describe(model: ModelConfig) -> dict[str, int | float | bool | str]:
+    """Keys of a file in the attn_k_b + attn_v_b layout; lengths as llama.cpp takes them."""
+    rank, rope = model.kv_lora_rank, model.qk_rope_head_dim
     keys: dict[str, int | float | bool | str] = {
+        "leading_dense_block_count": leading_dense_layers(model),
         "attention.head_count_kv": 1,
         "attention.key_length": rank + rope,
         "attention.value_length": rank,
-        "attention.key_length_mla": config["qk_nope_head_dim"] + rope,
-        "attention.value_length_mla": values,
-        "expert_gating_func": SIGMOID if config["scoring_func"] == "sigmoid" else SOFTMAX,
+        "attention.key_length_mla": model.qk_head_dim,
+        "attention.value_length_mla": model.v_head_dim,
+        "expert_gating_func": SIGMOID if model.router == "sigmoid_bias_groups" else SOFTMAX,
     }
-    if config["n_group"] > 1:
-        keys["expert_group_count"] = config["n_group"]
-        keys["expert_group_used_count"] = config["topk_group"]
-    return keys | _describe_rope(config.get("rope_scaling"))
+    if model.n_group > 1:
+        keys["expert_group_count"] = model.n_group
+        keys["expert_group_used_count"] = model.topk_group
+    return keys | _describe_rope(model.rope_scaling)
 
 
-def _describe_rope(rope: dict[str, Any] | None) -> dict[str, int | float | bool | str]:
+def _describe_rope(rope: RopeScaling | None) -> dict[str, int | float | bool | str]:
     if rope is None:
         return {}
-    if rope.get("attention_factor") is not None or rope.get("mscale") != rope.get("mscale_all_dim"):
+    if not isinstance(rope, YarnScaling):
+        raise UnsupportedModelError(f"rope_scaling: {NAME} has only yarn, got {type(rope).__name__}")
+    if rope.attention_factor is not None or rope.mscale != rope.mscale_all_dim:
         raise UnsupportedModelError("rope_scaling: GGUF holds one mscale, equal to mscale_all_dim")
     keys: dict[str, int | float | bool | str] = {
         "rope.scaling.type": "yarn",
-        "rope.scaling.factor": float(rope["factor"]),
-        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
-        "rope.scaling.yarn_beta_fast": float(rope["beta_fast"]),
-        "rope.scaling.yarn_beta_slow": float(rope["beta_slow"]),
+        "rope.scaling.factor": rope.factor,
+        "rope.scaling.original_context_length": rope.original_max_position_embeddings,
+        "rope.scaling.yarn_beta_fast": rope.beta_fast,
+        "rope.scaling.yarn_beta_slow": rope.beta_slow,
     }
-    if rope.get("mscale_all_dim") is not None:
-        keys["rope.scaling.yarn_log_multiplier"] = YARN_LOG_SHARE * rope["mscale_all_dim"]
+    if rope.mscale_all_dim is not None:
+        keys["rope.scaling.yarn_log_multiplier"] = YARN_LOG_SHARE * rope.mscale_all_dim
     return keys
 
 
-ARCHITECTURE = Architecture(NAME, KEYS, NAMES, finish, describe)
+def holds(model: ModelConfig) -> bool:
+    return model.attention == "mla" and not model.attention_bias and model.rope_interleave
+
+
+ARCHITECTURE = Architecture(NAME, KEYS, NAMES, finish, describe, holds)

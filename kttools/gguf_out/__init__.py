@@ -1,0 +1,1 @@
+"""Writing GGUF: a model's tensors streamed into files that llama.cpp loads."""
