@@ -30,9 +30,9 @@ FILE_TYPES: dict[str, tuple[str, int, str]] = {
     "q4_1": ("Q4_1", 3, "Q8_0"),
     "q4_0": ("Q4_0", 2, "Q8_0"),
 }
-# attn_k_b and attn_v_b are multiplied per head, which llama.cpp's AMX build cannot do with quantised types
-# (it stops at an assertion); in bf16 they are 0.3 % of DeepSeek-V3.
-KV_B_TYPES = {"f32": "F32", "f16": "F16"}
+# attn_k_b and attn_v_b are multiplied per head, which llama.cpp's AMX build does with bf16 and f32 alone
+# (it stops at an assertion, with its own files too); in bf16 they are 0.3 % of DeepSeek-V3.
+KV_B_TYPES = {"f32": "F32"}
 FALLBACK = "F16"  # where rows do not fill whole blocks
 WIDE_ROLES = (Role.NORM, Role.ROUTER, Role.ROUTER_BIAS, Role.ATTENTION_BIAS)
 OUTER_ROLES = (Role.EMBEDDING, Role.HEAD)
