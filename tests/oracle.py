@@ -123,6 +123,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 72,
         "v_head_dim": 20,
     },
+    "latents_have_their_own_epsilon": {"rms_norm_eps": 1e-2},
     "odd_heads": {"qk_nope_head_dim": 17, "qk_rope_head_dim": 6, "v_head_dim": 27, "kv_lora_rank": 33},
 }
 
@@ -181,6 +182,7 @@ def canonical_config(hf: Any) -> ModelConfig:
             "router": "sigmoid_bias_groups",
             "rope_theta": rope["rope_theta"],
             "rope_scaling": yarn,
+            **({} if hf.rms_norm_eps == 1e-6 else {"latent_norm_eps": 1e-6}),
             "bos_token_id": 0,
             "eos_token_ids": [1],
         }

@@ -110,6 +110,7 @@ def test_variants() -> None:
     assert read(attention_bias=True).attention_bias is True
     assert read(rope_interleave=False).rope_interleave is False
     assert read(num_key_value_heads=None).num_key_value_heads == 2
+    assert (read().latent_norm_eps, read(rms_norm_eps=1e-5).latent_norm_eps) == (None, 1e-6)
     assert read(model_type="kimi_k2").num_hidden_layers == 3
 
 

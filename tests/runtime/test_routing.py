@@ -8,7 +8,7 @@ import torch
 
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import UsageError
-from kttools_runtime.routing import SigmoidGroupRouter
+from kttools_runtime.routing import SigmoidGroupRouter, SoftmaxGroupRouter, make_router
 from tests.compare import assert_close
 from tests.oracle import CONFIGS, canonical_config, hf_model, runtime_model
 
@@ -126,3 +126,61 @@ def test_table_is_applied_to_the_native_result(config: ModelConfig) -> None:
 def test_impossible_num_experts(num_experts: int) -> None:
     with pytest.raises(UsageError, match=r"num_experts must be in 1\.\.4"):
         runtime_model(hf_model(CONFIGS["base"]), num_experts=num_experts)
+
+
+def softmax_config(config: ModelConfig, **change: object) -> ModelConfig:
+    changes = {"router": "softmax_groups", "num_experts_per_tok": 3, **change}
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def plain_softmax_route(router: SoftmaxGroupRouter, x: np.ndarray, k: int) -> tuple[list[int], list[float]]:
+    """One token: softmax over all, the groups with the best experts, the best of those, in float64."""
+    config = router.config
+    logits = router.weight.double().numpy() @ x.astype(np.float64)
+    scores = np.exp(logits) / np.exp(logits).sum()
+    size = config.n_routed_experts // config.n_group
+    groups = [list(range(g * size, (g + 1) * size)) for g in range(config.n_group)]
+    groups.sort(key=lambda group: -max(scores[group]))
+    allowed = [expert for group in groups[: config.topk_group] for expert in group]
+    chosen = sorted(allowed, key=lambda expert: -scores[expert])[:k]
+    weights = scores[chosen]
+    if config.norm_topk_prob:
+        weights = weights / weights.sum()
+    return chosen, list(weights * config.routed_scaling_factor)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_group": 1, "topk_group": 1},
+        {"n_group": 4, "topk_group": 2, "norm_topk_prob": False, "routed_scaling_factor": 16.0},
+        {"n_group": 16, "topk_group": 5},
+        {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 8},
+        {"n_group": 4, "topk_group": 4, "num_experts_per_tok": 1},
+    ],
+)
+@pytest.mark.parametrize("dropped", [0, 1])
+def test_softmax_against_a_plain_loop(config: ModelConfig, change: dict[str, object], dropped: int) -> None:
+    config = softmax_config(config, **change)
+    k = max(config.num_experts_per_tok - dropped, 1)
+    router = make_router(config, router_for(config).weight, None, k)
+    assert isinstance(router, SoftmaxGroupRouter)
+    x = inputs(config)
+    expert_ids, weights = router(x)
+    for row in range(len(x)):
+        expected_ids, expected_weights = plain_softmax_route(router, x[row].numpy(), k)
+        assert expert_ids[row].tolist() == expected_ids
+        assert_close(weights[row], torch.tensor(expected_weights), 1e-5)
+
+
+def test_best_first_then_softmax_is_the_same_router(config: ModelConfig) -> None:
+    """Mixtral's own words: the softmax over the best logits, which is ours normalised."""
+    config = softmax_config(
+        config, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0, num_experts_per_tok=2
+    )
+    router = make_router(config, router_for(config).weight, None)
+    x = inputs(config)
+    expert_ids, weights = router(x)
+    best = (x @ router.weight.T).topk(2, dim=-1)
+    assert torch.equal(expert_ids, best.indices)
+    assert_close(weights, best.values.softmax(dim=-1), 1e-5)
