@@ -56,9 +56,22 @@ def adopt(command: click.Command) -> click.Command:
 
 
 def config_values(command: click.Command, name: str) -> dict[str, Any]:
-    """Values of the config files for this command's parameters, for click's default_map."""
+    """Values of the config files for this command's parameters, for click's default_map.
+
+    A group's table holds the options of the commands below it; each gets those it has.
+    """
+    if isinstance(command, click.Group):
+        below = command.commands.items()
+        spellings = {s for _, sub in below for p in sub.params for s in long_spellings(p)}
+        values = config_file.option_values(name, {s: s for s in spellings})
+        return {title: _chosen(sub, values) for title, sub in below}
     known = {s: p.name for p in command.params for s in long_spellings(p) if p.name is not None}
     return config_file.option_values(name, known)
+
+
+def _chosen(command: click.Command, values: dict[str, Any]) -> dict[str, Any]:
+    spelt = {s: p.name for p in command.params for s in long_spellings(p) if p.name is not None}
+    return {spelt[s]: value for s, value in values.items() if s in spelt}
 
 
 def global_options(hidden: bool = False) -> list[click.Option]:

@@ -1,4 +1,4 @@
-"""Byte progress on stderr: a bar on a terminal, a line every few seconds otherwise, nothing when quiet."""
+"""Progress on stderr: a bar on a terminal, a line every few seconds otherwise, nothing when quiet."""
 
 import sys
 import threading
@@ -38,6 +38,34 @@ class ByteProgress:
                 sys.stderr.write(f"{self.title}: {percent} % of {self._total >> 20} MiB\n")
 
     def __enter__(self) -> "ByteProgress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class TokenProgress:
+    """Counts tokens of one thread with tokens/s and the time left; a context manager as ByteProgress."""
+
+    def __init__(self, title: str, is_quiet: bool) -> None:
+        self.title = title
+        self._shown = not is_quiet
+        self._bar: tqdm | None = None
+
+    def start(self, total_tokens: int) -> None:
+        if self._shown:
+            # Off a terminal a whole line each time, and few of them.
+            line = {} if sys.stderr.isatty() else {"mininterval": LINE_SECONDS, "ascii": True, "ncols": 80}
+            self._bar = tqdm(total=total_tokens, desc=self.title, unit="tok", unit_scale=True, **line)
+
+    def advance(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def __enter__(self) -> "TokenProgress":
         return self
 
     def __exit__(

@@ -1,6 +1,5 @@
-"""kttools profile-experts: fewer experts per token, with a certificate."""
+"""kttools profile-experts: fewer experts per token, with a certificate. One command, and its steps."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,148 +7,224 @@ import click
 
 from kttools import options
 
+from . import profile_steps as steps
+
 EPILOG = """\b
 Examples:
   kttools profile-experts BUNDLE --data code=jsonl:code.jsonl#text --data zh=jsonl:zh.jsonl#text
       --eval code=jsonl:code-test.jsonl#text --eval law=jsonl:law.jsonl#text -o profile/
-  kttools profile-experts BUNDLE --step collect --shard 2/8 --data ... -o part2/
-  kttools profile-experts --step merge --from part1 --from part2 -o profile/
+  kttools profile-experts collect BUNDLE --shard 2/8 --data code=jsonl:code.jsonl#text -o part2/
+  kttools profile-experts merge part1/ part2/ -o profile/
+  kttools profile-experts install BUNDLE profile/experts.expert-table.json
+A bundle that is called like a step is written ./collect.
 """
-STEPS = ("all", "collect", "merge", "allocate", "evaluate", "report")
+DEFAULT_STEP = "all"
 
 
-@click.command("profile-experts", epilog=EPILOG, short_help="Find out what fewer experts per token cost.")
-@options.model_argument
-@click.option("--data", multiple=True, metavar="SPEC", help="Text to profile, one per domain.")
-@click.option("--eval", "evaluation", multiple=True, metavar="SPEC", help="Text to judge on.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR")
-@click.option("--mean-experts", type=float, default=6.0, show_default=True, metavar="K")
-@click.option(
-    "--kind", type=click.Choice(("static", "adaptive")), help="Table [default: what measures better]."
-)
-@click.option("--name", default="experts", show_default=True, metavar="NAME", help="The table's name.")
-@click.option("--max-kl", type=float, metavar="KL", help="Quality floor: most mean KL the table may have.")
-@click.option("--tokens", type=click.IntRange(min=2), metavar="N", help="Most tokens per profiled domain.")
-@click.option("--eval-tokens", type=click.IntRange(min=2), metavar="N", help="Most tokens per judged domain.")
-@click.option(
-    "--window",
-    type=click.IntRange(2, 2048),
-    default=1024,
-    show_default=True,
-    metavar="N",
+class Steps(click.Group):
+    """A group whose default command needs no name: `profile-experts MODEL ...` is `... all MODEL ...`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or args[0] not in {*self.commands, *self.get_help_option_names(ctx)}:
+            args = [DEFAULT_STEP, *args]
+        return super().parse_args(ctx, args)
+
+
+class PartType(click.ParamType):
+    """I/N as a pair of numbers."""
+
+    name = "part"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        index, _, count = str(value).partition("/")
+        if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+            self.fail(f"{value!r}: expected I/N with I from 1 to N, as 1/4", param)
+        return int(index), int(count)
+
+
+class Means(click.ParamType):
+    """Comma-separated mean numbers of experts."""
+
+    name = "means"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r}: expected numbers separated by commas, as 4,5,7", param)
+
+
+def _several(*decorators: Any) -> Any:
+    def decorate(function: options.F) -> options.F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+_directory = click.Path(path_type=Path, file_okay=False)
+_output = click.option("-o", "--output", type=_directory, required=True, metavar="DIR", help="Where it goes.")
+_tokens = click.IntRange(min=2)
+_window = click.option(
+    "--window", type=click.IntRange(2, 2048), default=1024, show_default=True, metavar="N",
     help="Tokens of a document that are read.",
+)  # fmt: skip
+_engine = _several(options.cpu_infer_option, options.isa_option)
+_stream = click.option(
+    "--stream-layers/--no-stream-layers", default=None,
+    help="Hold one layer in memory at a time, hidden states on disk [default: if the bundle exceeds RAM].",
+)  # fmt: skip
+_collecting = _several(
+    click.option("--data", multiple=True, required=True, metavar="SPEC", help="Text, one per domain."),
+    click.option("--tokens", type=_tokens, metavar="N", help="Most tokens per profiled domain."),
+    click.option(
+        "--gram-every", type=click.IntRange(1, 1024), default=8, show_default=True, metavar="N",
+        help="Observe expert outputs of one token in N; choices are counted for all.",
+    ),
+    _stream,
+)  # fmt: skip
+_goal = _several(
+    click.option("--mean-experts", type=float, default=6.0, show_default=True, metavar="K"),
+    click.option("--kind", type=click.Choice(("static", "adaptive")), help="[default: what measures better]"),
+    click.option("--name", default="experts", show_default=True, metavar="NAME", help="The table's name."),
 )
-@click.option("--pareto", default="", metavar="K,K,...", help="Also judge tables of these means.")
-@click.option("--shard", default="1/1", show_default=True, metavar="I/N", help="Collect part I of N.")
-@click.option("--step", type=click.Choice(STEPS), default="all", show_default=True, help="One step alone.")
-@click.option(
-    "--from", "sources", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="Merge these."
+_judging = _several(
+    click.option(
+        "--max-kl", type=float, metavar="KL", help="Quality floor: most mean KL the table may have."
+    ),
+    click.option("--eval-tokens", type=_tokens, metavar="N", help="Most tokens per judged domain."),
+    click.option("--pareto", type=Means(), default="", metavar="K,K,...", help="Also judge these means."),
 )
-@options.cpu_infer_option
-@options.isa_option
+_DIR = click.argument("directory", type=_directory, metavar="DIR")
+
+
+@click.group(
+    cls=Steps,
+    epilog=EPILOG,
+    short_help="Find out what fewer experts per token cost.",
+    context_settings={"token_normalize_func": options.normalise_token},
+)
+def command() -> None:
+    """Profile a model's experts on text, make an expert table and judge it against the full model.
+
+    Without a step's name all steps run. A run that was cut off goes on where it stopped.
+    """
+
+
+@command.command(DEFAULT_STEP, short_help="All steps; what runs without a step's name.")
+@options.model_argument
+@_collecting
+@click.option("--eval", "evaluation", multiple=True, metavar="SPEC", help="Text to judge on.")
+@_output
+@_window
+@_goal
+@_judging
+@_engine
 @options.json_option
 @click.pass_context
-def command(ctx: click.Context, **given: Any) -> None:
-    """Profile MODEL's experts on text, make an expert table and judge it against the full model.
+def everything(ctx: click.Context, **given: Any) -> None:
+    """Collect, merge, allocate, evaluate and report into DIR.
 
-    Writes shards/, a profile, a table, evaluation.json and a report into DIR. A run that was cut off goes on
-    where it stopped. The exit code is 6 when the table does not pass.
+    Writes shards/, a profile, a table, evaluation.json and a report. The exit code is 6 when the table does
+    not pass. Without --eval it ends with the table.
     """
-    argument, option = given.pop("model_argument"), given.pop("model_option")
-    model = None if given["step"] in ("merge", "report") else options.pick_model(argument, option, ctx)
-    _run(model, **given)
+    steps.everything(_picked(ctx, given), **given)
 
 
-def _run(model: str | None, step: str, output: Path, sources: tuple[Path, ...], **given: Any) -> None:
-    from kttools.profiling import run
+@command.command(short_help="Text into shards of statistics.")
+@options.model_argument
+@_collecting
+@_output
+@_window
+@click.option(
+    "--shard", type=PartType(), default="1/1", show_default=True, metavar="I/N", help="Part I of N."
+)
+@click.option("--ray", metavar="ADDRESS", help="Share the work out on a Ray cluster; `local` starts one.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Ray tasks.")
+@_engine
+@options.json_option
+@click.pass_context
+def collect(ctx: click.Context, **given: Any) -> None:
+    """Record what the experts do on text, into DIR/shards.
 
-    as_json = given["as_json"]
-    say = options.notice
-    if step == "merge":
-        profile = run.merge_step(sources or (output,), output)
-        _print(as_json, {"shards": len(profile.header["shards"]), "domains": profile.header["domains"]})
-        return
-    if step != "report":
-        runner = _runner(str(model), given["cpu_infer"], given["isa"])
-        goal = run.Goal(given["mean_experts"], given["kind"], given["name"], given["max_kl"])
-        limits = run.TextLimits(given["window"], given["tokens"])
-        if step in ("all", "collect"):
-            _collect(run, runner, given, output, limits, str(model))
-        if step == "all":
-            run.merge_step((output,), output)
-        if step == "collect":
-            return
-        allocator, allocation, path = run.allocate_step(runner, output, goal, say)
-        if step == "allocate" or not given["evaluation"]:
-            _print(as_json, {"table": str(path), "kl_on_probes": allocation.best.measured.kl_mean})
-            return
-        judged = run.TextLimits(given["window"], given["eval_tokens"])
-        means = [float(part) for part in given["pareto"].split(",") if part]
-        document = run.evaluate_step(
-            runner, given["evaluation"], output, judged, goal, allocator, allocation, means, say
-        )
-    else:
-        from kttools_runtime import strict_json
-
-        document = strict_json.read_object(output / run.EVALUATION_NAME)
-    _report(output)
-    _finish(as_json, document, output)
+    Shards do not depend on how the work is split: parts made anywhere merge to the same bytes.
+    """
+    steps.collect(_picked(ctx, given), **given)
 
 
-def _runner(model: str, threads: int | None, isa: str | None) -> Any:
-    import kttools_runtime as kt
-    from kttools.model_source import resolve_model
-    from kttools.profiling.layerwise import LayerRunner
-
-    return LayerRunner(kt.load(resolve_model(model), threads=threads, expert_table="none", isa=isa))
-
-
-def _collect(run: Any, runner: Any, given: dict[str, Any], output: Path, limits: Any, model: str) -> None:
-    from tqdm import tqdm
-
-    from kttools.profiling.collect import Part
-    from kttools_runtime.errors import UsageError
-
-    if not given["data"]:
-        raise UsageError("no text to profile: give --data SPEC, once per domain")
-    try:
-        index, count = map(int, given["shard"].split("/"))
-    except ValueError:
-        raise UsageError(f"--shard {given['shard']}: expected I/N, as 1/4") from None
-    is_quiet = options.settings().quiet
-    with tqdm(desc="collect", unit=" tokens", unit_scale=True, disable=is_quiet or None) as bar:
-        done = run.collect_step(
-            runner, given["data"], output, limits, Path(model).name, Part(index, count), bar.update
-        )
-    recorded, seconds = sum(d.recorded_tokens for d in done), sum(d.seconds for d in done)
-    kept = sum(d.kept_tokens for d in done)
-    speed = f", {recorded / seconds:.0f} tokens/s" if seconds else ""
-    options.notice(f"collect: {recorded} tokens recorded{speed}, {kept} kept from an earlier run")
+@command.command(short_help="Shards of several directories into one profile.")
+@click.argument("sources", nargs=-1, required=True, type=_directory, metavar="DIR...")
+@_output
+@options.json_option
+def merge(**given: Any) -> None:
+    """Add up the shards/ of the directories into a profile. Needs no model."""
+    steps.merge(**given)
 
 
-def _report(output: Path) -> None:
-    from kttools.profiling.report import write_report
-
-    for path in write_report(output):
-        options.notice(f"wrote {path}")
-
-
-def _finish(as_json: bool, document: dict[str, Any], output: Path) -> None:
-    from kttools_runtime.errors import QualityGateError
-
-    verdict = document["verdict"]
-    if as_json:
-        _print(True, {"directory": str(output), "verdict": verdict, "policies": document["policies"]})
-    else:
-        for policy in document["policies"]:
-            pooled = policy["metrics"]["pooled"]
-            click.echo(f"{policy['label']:44} {policy['k_mean']:.3f} experts  KL {pooled['kl_mean']:.5f}")
-        click.echo(f"verdict for the {verdict['policy']} table: {'pass' if verdict['pass'] else 'no pass'}")
-    if not verdict["pass"]:
-        raise QualityGateError(f"{output}: the table does not pass: {'; '.join(verdict['reasons'])}")
+@command.command(short_help="A table from a profile.")
+@options.model_argument
+@_output
+@_goal
+@_engine
+@options.json_option
+@click.pass_context
+def allocate(ctx: click.Context, **given: Any) -> None:
+    """Make a table of the wanted mean from the profile in DIR (-o)."""
+    steps.allocate(_picked(ctx, given), **given)
 
 
-def _print(as_json: bool, document: dict[str, Any]) -> None:
-    click.echo(
-        json.dumps(document, indent=1) if as_json else "\n".join(f"{k}: {v}" for k, v in document.items())
-    )
+@command.command(short_help="A table against the full model.")
+@options.model_argument
+@click.option(
+    "--eval", "evaluation", multiple=True, required=True, metavar="SPEC", help="Text, one per domain."
+)
+@_output
+@_window
+@_goal
+@_judging
+@_engine
+@options.json_option
+@click.pass_context
+def evaluate(ctx: click.Context, **given: Any) -> None:
+    """Judge the table in DIR (-o) and its rivals; the exit code is 6 when it does not pass."""
+    steps.evaluate(_picked(ctx, given), **given)
+
+
+@command.command(short_help="HTML, Markdown and pictures of a directory.")
+@_DIR
+def report(**given: Any) -> None:
+    """Write the report of a directory that the other steps filled."""
+    steps.report(**given)
+
+
+@command.command(short_help="Make a table a bundle's default.")
+@click.argument("bundle", type=_directory, metavar="BUNDLE")
+@click.argument("table", type=click.Path(path_type=Path, dir_okay=False), metavar="TABLE")
+def install(**given: Any) -> None:
+    """Store TABLE in BUNDLE: it is used there unless --expert-table says otherwise."""
+    steps.install(**given)
+
+
+@command.command(short_help="Files for other programs.")
+@_DIR
+@click.option("-o", "--output", type=_directory, metavar="DIR", help="Where [default: DIR/exports].")
+def export(**given: Any) -> None:
+    """Write hot experts, logical counts and llama.cpp's override of a profiled directory."""
+    steps.export(**given)
+
+
+def _picked(ctx: click.Context, given: dict[str, Any]) -> str:
+    return options.pick_model(given.pop("model_argument"), given.pop("model_option"), ctx)
+
+
+for _command in command.commands.values():
+    options.adopt(_command)

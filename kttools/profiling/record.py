@@ -29,14 +29,20 @@ class Batch:
     hidden: Tensor
 
 
-def embed(runner: LayerRunner, group: Iterable[Window], gram_every: int) -> list[Batch]:
-    """Windows in batches before the first layer."""
-    return [
-        Batch(
-            lengths(chosen), draw(chosen, gram_every), runner.embed(torch.cat([w.token_ids for w in chosen]))
-        )
-        for chosen in batches(group)
-    ]
+def embed(runner: LayerRunner, group: Sequence[Window]) -> Tensor:
+    """Windows one after the other before the first layer: float32 [tokens, hidden_size]."""
+    return runner.embed(torch.cat([w.token_ids for w in group]))
+
+
+def arrange(group: Iterable[Window], hidden: Tensor, gram_every: int) -> list[Batch]:
+    """The windows' hidden states in batches: views, so that a batch's layer changes `hidden`."""
+    found, start = [], 0
+    for chosen in batches(group):
+        sizes = lengths(chosen)
+        end = start + sum(sizes)
+        found.append(Batch(sizes, draw(chosen, gram_every), hidden[start:end]))
+        start = end
+    return found
 
 
 def lengths(chosen: Sequence[Window]) -> list[int]:
@@ -74,17 +80,17 @@ def layer_share(index: int, num_layers: int, num_tokens: int) -> int:
 
 def record(
     runner: LayerRunner,
-    group: Iterable[Window],
+    group: Sequence[Window],
     on_tokens: Progress = lambda count: None,
     gram_every: int = DEFAULT_EVERY,
 ) -> Arrays:
     """Statistics of some windows, every MoE layer stacked on the first axis."""
-    grouped = embed(runner, group, gram_every)
-    num_tokens = sum(len(batch.hidden) for batch in grouped)
+    hidden = embed(runner, group)
+    grouped = arrange(group, hidden, gram_every)
     found = []
     for index in range(runner.num_layers):
         stats = run_layer(runner, index, grouped)
         if stats:
             found.append(stats)
-        on_tokens(layer_share(index, runner.num_layers, num_tokens))
+        on_tokens(layer_share(index, runner.num_layers, len(hidden)))
     return stacked(found)
