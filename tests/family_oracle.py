@@ -160,11 +160,11 @@ ALL_CASES = [(family, case) for family, cases in CASES.items() for case in cases
 FIRST_CASES = [(family, next(iter(cases))) for family, cases in CASES.items()]
 
 
-def hf_model(family: str, case: str, seed: int = 0) -> Any:
+def hf_model(family: str, case: str, seed: int = 0, **changes: Any) -> Any:
     """A random model of the family in float32 with bf16-exact weights; skips without transformers."""
     transformers = pytest.importorskip("transformers", reason="transformers (dev dependency) is the oracle")
     prefix, own = FAMILIES[family]
-    values = COMMON | own | CASES[family][case]
+    values = COMMON | own | CASES[family][case] | changes
     if family == "mixtral":
         values.pop("moe_intermediate_size")
     config = getattr(transformers, f"{prefix}Config")(**values)
