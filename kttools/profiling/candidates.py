@@ -39,10 +39,13 @@ class Trials:
         self.say(f"{candidate.name}: KL {measured.kl_mean:.6f} at {measured.k_mean():.3f} experts")
         return candidate
 
-    def better(self, ingredient: str, best: Candidate, other: Candidate) -> Candidate:
-        """`other` where its paired gain over `best` is significant, else `best`."""
+    def better(self, ingredient: str, best: Candidate, other: Candidate, is_served: bool = True) -> Candidate:
+        """`other` where its paired gain over `best` is significant, else `best`.
+
+        is_served False: tables cannot say `other`; it is measured and never kept.
+        """
         gain, error = paired_gain(best.measured, other.measured)
-        is_kept = gain > SIGNIFICANT * error
+        is_kept = is_served and gain > SIGNIFICANT * error
         self.candidates.append(other)
         self.steps.append(
             {

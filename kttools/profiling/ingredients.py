@@ -110,8 +110,9 @@ def _static(
     best, moves = refine_static(allocator, trials, best, recipe)
     chosen["static refinement"] = f"{moves} moves kept"
     prefix = _with_prefix(best.policies)
-    kept = trials.better("first tokens", best, Candidate(prefix_name(), prefix, judge.measure(prefix)))
-    chosen["first tokens"] = "native would pay, not served" if kept is not best else "not protected"
+    native = Candidate(prefix_name(), prefix, judge.measure(prefix))
+    trials.better("first tokens (not served)", best, native, is_served=False)
+    chosen["first tokens"] = "measured, not served: a static table could not keep its mean"
     return dataclasses.replace(best, name="static")
 
 

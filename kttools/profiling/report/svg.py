@@ -42,10 +42,12 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 times powers of ten inside [low, high]; only powers where that would be many."""
+    """1, 2, 5 times powers of ten inside [low, high]; only powers where that would be many, and evenly
+    spaced numbers where it would be one or two."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1,) if len(powers) > 4 else (1, 2, 5)
-    return [m * 10.0**p for p in powers for m in steps if low * 0.999 <= m * 10.0**p <= high * 1.001]
+    found = [m * 10.0**p for p in powers for m in steps if low * 0.999 <= m * 10.0**p <= high * 1.001]
+    return found if len(found) > 2 else linear_ticks(low, high)
 
 
 def short(value: float) -> str:
