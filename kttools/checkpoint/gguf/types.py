@@ -53,6 +53,8 @@ def decode(data: np.ndarray, kind: GgmlType, columns: int) -> torch.Tensor:
     rows = data.reshape(-1, kind.row_bytes(columns) or 1)
     if kind.name in PLAIN:
         return torch.from_numpy(rows).view(PLAIN[kind.name])
+    if not len(rows):  # the package's reshapes cannot infer a dimension of nothing
+        return torch.empty((0, columns), dtype=torch.float32)
     with np.errstate(all="ignore"):  # a scale may be anything; what is not finite is refused by its index
         values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(kind.number))
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(-1, columns)

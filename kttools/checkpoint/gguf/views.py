@@ -81,8 +81,8 @@ class JoinedKvB:
 
     def __post_init__(self) -> None:
         rank = self.value.shape[-1]
-        is_even = all(_rows(part) % self.heads == 0 for part in self.parts)
-        if self.heads < 1 or not is_even or _rows(self.key) != self.heads * rank:
+        is_even = self.heads > 0 and all(_rows(part) % self.heads == 0 for part in self.parts)
+        if not is_even or _rows(self.key) != self.heads * rank:
             got = f"{list(self.key.shape)} and {list(self.value.shape)}"
             raise InvalidInputError(
                 f"{self.key.file}: tensors {self.key.name} and {self.value.name}: shapes {got} do not fit "
