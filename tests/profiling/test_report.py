@@ -240,7 +240,7 @@ def test_verdict_is_said_in_words(is_pass: bool, headline: str) -> None:
 def test_tiles_compare_with_flat_and_with_the_full_models_speed() -> None:
     shown = {tile.name: tile.value for tile in tiles(make_facts())}
     assert shown["KL against flat-6"] == "-43 %"
-    assert shown["speed of the full model"] == "1.22 x"
+    assert shown["prefill speed of all experts"] == "1.22 x"
 
 
 def test_summary_is_json_without_nan() -> None:

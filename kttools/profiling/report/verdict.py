@@ -152,7 +152,7 @@ def tiles(facts: Facts) -> list[Tile]:
     speed, reference = judged.get("tokens_per_second"), _reference_speed(facts)
     if speed and reference:
         out.append(
-            Tile(f"{speed / reference:.2f} x", "speed of the full model", f"{speed:,.0f} tok/s, this run")
+            Tile(f"{speed / reference:.2f} x", "prefill speed of all experts", f"{speed:,.0f} tok/s here")
         )
     return out
 
@@ -180,8 +180,7 @@ def policy_rows(facts: Facts) -> list[list[str]]:
                 _optional(m.get("perplexity_ratio"), "{:.4f}"),
                 _optional(m.get("top1_agreement"), "{:.2%}"),
                 _relative(facts, row["name"]),
-                _optional(row.get("tokens_per_second"), "{:,.0f}"),
-                _optional(row.get("decode_tokens_per_second"), "{:,.0f}"),
+                _speeds(row),
             ]
         )
     return out
@@ -195,9 +194,13 @@ POLICY_COLUMNS = [
     "perplexity x",
     "same top token",
     "KL / flat [95 %]",
-    "prefill tok/s",
-    "decode tok/s",
+    "tok/s: prefill, decode",
 ]
+
+
+def _speeds(row: dict[str, Any]) -> str:
+    found = [row.get("tokens_per_second"), row.get("decode_tokens_per_second")]
+    return ", ".join(f"{value:,.0f}" for value in found if value is not None)
 
 
 def _relative(facts: Facts, name: str) -> str:
