@@ -29,7 +29,7 @@ ROUTER_FACTS = (
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`index`/`count` of the work, 1-based: the shards whose number is index - 1 modulo count."""
+    """`index`/`count` of the work, 1-based: every count-th shard of all domains, from the index-th on."""
 
     index: int = 1
     count: int = 1
@@ -37,6 +37,10 @@ class Part:
     def __post_init__(self) -> None:
         if not 1 <= self.index <= self.count:
             raise UsageError(f"--shard {self.index}/{self.count}: expected 1/{self.count} or higher")
+
+    def of(self, chosen: "Sequence[Task]") -> "list[Task]":
+        """This part's share of the tasks."""
+        return list(chosen[self.index - 1 :: self.count])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +131,13 @@ def tasks(
     *,
     how: Recording,
     model_name: str,
-    part: Part = Part(),
 ) -> list[Task]:
-    """The shards of one domain that a part of the work has to make, into output/shards."""
+    """The shards of one domain, into output/shards."""
     found = []
     for number, group in enumerate(split(chosen, SHARD_TOKENS)):
-        if number % part.count == part.index - 1:
-            name = f"{domain}-{number:05d}"
-            header = _header(runner, name, domain, group, provenance, how, model_name)
-            found.append(Task(output / "shards" / f"{name}.safetensors", header, group))
+        name = f"{domain}-{number:05d}"
+        header = _header(runner, name, domain, group, provenance, how, model_name)
+        found.append(Task(output / "shards" / f"{name}.safetensors", header, group))
     return found
 
 

@@ -72,6 +72,7 @@ def collect_part(
     runner = open_runner(job.bundle, job.threads, job.isa, streamed)
     chosen = plan(runner, job)
     say(_plan_line(job, chosen, streamed, runner.config.hidden_size))
+    (job.output / "shards").mkdir(parents=True, exist_ok=True)  # a part may have nothing to make
     start(sum(task.tokens for task in chosen))
     return (collect_streamed if streamed else collect)(runner, chosen, on_tokens)
 
@@ -87,22 +88,14 @@ def open_runner(bundle: Path, threads: int | None, isa: str | None, streamed: bo
 
 
 def plan(runner: LayerRunner, job: Job) -> list[Task]:
-    """The shards of all domains that a part of the work has to make."""
+    """The shards that a part of the work has to make."""
     how = Recording(job.limits.window_tokens, job.gram_every)
+    name = job.bundle.name
     found: list[Task] = []
     for spec in parse_specs(job.data):
-        chosen = domain_windows(runner, spec, job.limits)
-        found += tasks(
-            runner,
-            spec.domain,
-            chosen,
-            provenance(spec),
-            job.output,
-            how=how,
-            model_name=job.bundle.name,
-            part=job.part,
-        )
-    return found
+        chosen, origin = domain_windows(runner, spec, job.limits), provenance(spec)
+        found += tasks(runner, spec.domain, chosen, origin, job.output, how=how, model_name=name)
+    return job.part.of(found)
 
 
 def domain_windows(runner: LayerRunner, spec: DataSpec, limits: TextLimits) -> list[Window]:

@@ -39,8 +39,8 @@ def plan(runner: LayerRunner, texts: list[Window], where: Path, part: Part = WHO
     found: list[Task] = []
     for domain in "ab":
         own = [w for w in texts if w.domain == domain]
-        found += tasks(runner, domain, own, {}, where, how=HOW, model_name="nano", part=part)
-    return found
+        found += tasks(runner, domain, own, {}, where, how=HOW, model_name="nano")
+    return part.of(found)
 
 
 def shards(where: Path) -> dict[str, bytes]:
