@@ -10,6 +10,7 @@ import torch
 from kttools.checkpoint.gguf.architectures import ARCHITECTURES, Architecture, Transform
 from kttools.checkpoint.gguf.architectures.base import model_keys
 from kttools.checkpoint.gguf.types import BY_NAME, GgmlType
+from kttools.checkpoint.gguf.vocabulary import END_IDS, PREFIX
 from kttools.families import Role, SourceModel, TensorSource
 from kttools.families.layouts import experts_prefix
 from kttools_runtime.config import ModelConfig
@@ -210,7 +211,15 @@ def _pairs(source: SourceModel, architecture: Architecture, type_name: str, targ
     files = source.tokenizer_data | {
         name: read_bounded(file, MAX_TOKENIZER_FILE_BYTES) for name, file in source.tokenizer_files.items()
     }
-    return pairs | vocabulary_pairs(files, model.vocab_size, where)
+    return pairs | _special_ids(model) | vocabulary_pairs(files, model.vocab_size, where)
+
+
+def _special_ids(model: ModelConfig) -> dict[str, Typed]:
+    """The config's own special ids, for a model without tokenizer and for a second end of answers."""
+    ids = dict(zip(END_IDS, model.eos_token_ids, strict=False))
+    if model.bos_token_id is not None:
+        ids["bos_token_id"] = model.bos_token_id
+    return {PREFIX + key: typed(value) for key, value in ids.items()}
 
 
 def _files(
