@@ -45,7 +45,7 @@ def make_tables(allocator: Allocator, mean: float) -> Allocation:
     trials = Trials(allocator.say)
     recipe, chosen = _choose_flat(allocator, trials, mean)
     static = _static(allocator, trials, mean, recipe, chosen)
-    adaptive = _adaptive(allocator, trials, mean, recipe, chosen)
+    adaptive = _adaptive(allocator, trials, mean, recipe, static, chosen)
     return Allocation(static, adaptive, trials, allocator.sensitivity, allocator.k0, chosen)
 
 
@@ -117,7 +117,12 @@ def _static(
 
 
 def _adaptive(
-    allocator: Allocator, trials: Trials, mean: float, recipe: Recipe, chosen: dict[str, str]
+    allocator: Allocator,
+    trials: Trials,
+    mean: float,
+    recipe: Recipe,
+    static: Candidate,
+    chosen: dict[str, str],
 ) -> Candidate:
     # The router's order sorts by biased score; the rule below cuts by weight, so it starts from that order.
     recipe = dataclasses.replace(recipe, order="weight")
@@ -126,7 +131,7 @@ def _adaptive(
     kept = trials.better("order", best, _calibrated(allocator, mean, "adaptive by contribution", other))
     recipe, best = (other, kept) if kept is not best else (recipe, best)
     chosen["adaptive order"] = recipe.order
-    best, moves = refine_adaptive(allocator, trials, best, recipe, mean)
+    best, moves = refine_adaptive(allocator, trials, best, static, recipe, mean)
     chosen["adaptive refinement"] = f"{moves} changes of sigma kept"
     return dataclasses.replace(best, name="adaptive")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.expert_policy import LayerPolicy
 
 from .knapsack import share_evenly
@@ -14,6 +15,9 @@ from .measure import Judge, Measured
 
 MEAN_TOLERANCE = 0.01
 SER_MINIMA = (1, 3, 5)
+# One window of this many chooses among those that come this near to the mean.
+SER_SAMPLE = 4
+SER_NEAR = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +80,30 @@ class Baselines:
         }
 
     def ser(self, mean: float) -> tuple[str, Policies, Measured]:
-        """-ser Kmin,t: ranks from Kmin on need t times the best biased score. The best of several Kmin, with
-        and without renormalising."""
+        """-ser Kmin,t: ranks from Kmin on need t times the best biased score.
+
+        Several Kmin, with and without renormalising, are compared on a part of the windows; the best of them
+        is then set on all.
+        """
         tried = []
+        sample = Judge(self.judge.runner, self.judge.windows[::SER_SAMPLE], None)
         for k_min in SER_MINIMA:
             for renormalize in (True, False):
 
                 def build(t: float, k_min: int = k_min, renormalize: bool = renormalize) -> Policies:
                     return self._rule("ser", "choice", t, k_min, renormalize)
 
-                policies, measured = self.matched(build, mean)
-                if abs(measured.k_mean() - mean) <= 2 * MEAN_TOLERANCE:
-                    t = next(iter(policies.values())).threshold
-                    label = f"-ser {k_min},{t:.3f}{' renormalised' if renormalize else ''}"
-                    tried.append((measured.kl_mean, label, policies, measured))
-        _, label, policies, measured = min(tried, key=lambda row: row[0])
-        return label, policies, measured
+                measured = self.matched(build, mean, sample)[1]
+                if abs(measured.k_mean() - mean) <= SER_NEAR:
+                    tried.append((measured.kl_mean, k_min, renormalize, build))
+        if not tried:
+            raise InvalidInputError(
+                f"no -ser rule comes near a mean of {mean:g} on this text: give more of it"
+            )
+        _, k_min, renormalize, build = min(tried, key=lambda row: row[0])
+        policies, measured = self.matched(build, mean)
+        t = next(iter(policies.values())).threshold
+        return f"-ser {k_min},{t:.3f}{' renormalised' if renormalize else ''}", policies, measured
 
     def top_p(self, mean: float) -> tuple[Policies, Measured]:
         """The fewest experts with a share p of the weight, renormalised."""
@@ -118,12 +130,18 @@ class Baselines:
 
         return self.matched(build, mean)
 
-    def matched(self, build: Callable[[float], Policies], mean: float) -> tuple[Policies, Measured]:
-        """The rule build(t), t in 0..1 and dropping more as it grows, whose realised mean is `mean`."""
+    def matched(
+        self, build: Callable[[float], Policies], mean: float, judge: Judge | None = None
+    ) -> tuple[Policies, Measured]:
+        """The rule build(t), t in 0..1 and dropping more as it grows, whose realised mean is `mean`.
+
+        judge: where it is realised; None: on all windows.
+        """
+        judge = self.judge if judge is None else judge
         asked = mean - self._offset
         for _ in range(4):
             policies = build(self._bisect(build, asked))
-            measured = self.judge.measure(policies)
+            measured = judge.measure(policies)
             self._offset = measured.k_mean() - asked
             if abs(measured.k_mean() - mean) <= MEAN_TOLERANCE:
                 break

@@ -6,9 +6,8 @@ from .candidates import Candidate, Trials
 # Candidates tried of each kind.
 MOVES = 6
 LAYERS = 8
-ROUNDS = 2
 STEPS = 3
-FACTORS = (1 / 1.5, 1.5)
+FACTOR = 1.5
 
 
 def refine_static(
@@ -30,21 +29,23 @@ def refine_static(
 
 
 def refine_adaptive(
-    allocator: Allocator, trials: Trials, best: Candidate, recipe: Recipe, mean: float
+    allocator: Allocator, trials: Trials, best: Candidate, static: Candidate, recipe: Recipe, mean: float
 ) -> tuple[Candidate, int]:
-    """Scales one layer's sigma while that pays, the most sensitive layers first, in a few rounds."""
-    order = sorted(allocator.layers, key=lambda i: -allocator.sensitivity[i].d)[:LAYERS]
+    """Scales sigma of one layer after the other towards the static table's k, while that pays.
+
+    The layers that keep the most more, or less, than the static table go first.
+    """
+    positions = sum(best.measured.positions.values())
+    apart = {}
+    for index, policy in static.policies.items():
+        kept_here = sum(kept[index] for kept in best.measured.kept.values()) / positions
+        apart[index] = kept_here - policy.k
+    order = sorted(allocator.layers, key=lambda i: -abs(apart[i]))
     kept = 0
-    for _ in range(ROUNDS):
-        before = kept
-        for index in order:
-            for factor in FACTORS:
-                best, steps = _line_search(allocator, trials, best, recipe, mean, index, factor)
-                kept += steps
-                if steps:
-                    break  # the other direction was just left
-        if kept == before:
-            break
+    for index in order[:LAYERS]:
+        factor = 1 / FACTOR if apart[index] > 0 else FACTOR
+        best, steps = _line_search(allocator, trials, best, recipe, mean, index, factor)
+        kept += steps
     return best, kept
 
 
