@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.expert_policy import LayerPolicy
 
 from .knapsack import share_evenly
@@ -94,13 +93,9 @@ class Baselines:
                     return self._rule("ser", "choice", t, k_min, renormalize)
 
                 measured = self.matched(build, mean, sample)[1]
-                if abs(measured.k_mean() - mean) <= SER_NEAR:
-                    tried.append((measured.kl_mean, k_min, renormalize, build))
-        if not tried:
-            raise InvalidInputError(
-                f"no -ser rule comes near a mean of {mean:g} on this text: give more of it"
-            )
-        _, k_min, renormalize, build = min(tried, key=lambda row: row[0])
+                off = max(0.0, abs(measured.k_mean() - mean) - SER_NEAR)
+                tried.append((off, measured.kl_mean, k_min, renormalize, build))
+        *_, k_min, renormalize, build = min(tried, key=lambda row: row[:2])
         policies, measured = self.matched(build, mean)
         t = next(iter(policies.values())).threshold
         return f"-ser {k_min},{t:.3f}{' renormalised' if renormalize else ''}", policies, measured
