@@ -120,6 +120,7 @@ class Store(Protocol):
 
     def get(self, policies: Policies) -> Measured | None: ...
     def put(self, policies: Policies, measured: Measured) -> None: ...
+    def part(self, chosen: Sequence[Window]) -> "Store": ...
 
 
 class Judge:
@@ -140,6 +141,14 @@ class Judge:
             self._full = [self._forward(w, {})[0] for w in self.windows]
             self.seconds_full = time.perf_counter() - started
         return self._full
+
+    def part(self, every: int) -> "Judge":
+        """A judge of one window of `every`."""
+        chosen = self.windows[::every]
+        judge = Judge(self.runner, chosen, None if self.store is None else self.store.part(chosen))
+        if self._full is not None:
+            judge._full = self._full[::every]
+        return judge
 
     def measure(self, policies: Policies) -> Measured:
         """One policy on all windows."""

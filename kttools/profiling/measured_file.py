@@ -42,8 +42,12 @@ class MeasuredFiles:
     """Measurements on fixed windows of one model, in a directory."""
 
     def __init__(self, directory: Path, fingerprint: str, chosen: Sequence[Window]) -> None:
-        self.directory = directory
+        self.directory, self.fingerprint = directory, fingerprint
         self._given = f"{fingerprint}\n{windows_digest(chosen)}\n"
+
+    def part(self, chosen: Sequence[Window]) -> "MeasuredFiles":
+        """The same directory and model, other windows."""
+        return MeasuredFiles(self.directory, self.fingerprint, chosen)
 
     def get(self, policies: Policies) -> Measured | None:
         """None where nothing was measured, or the file is not readable (it is then measured again)."""

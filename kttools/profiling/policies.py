@@ -85,7 +85,7 @@ class Baselines:
         is then set on all.
         """
         tried = []
-        sample = Judge(self.judge.runner, self.judge.windows[::SER_SAMPLE], None)
+        sample = self.judge.part(SER_SAMPLE)
         for k_min in SER_MINIMA:
             for renormalize in (True, False):
 
