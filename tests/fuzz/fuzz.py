@@ -1,0 +1,96 @@
+"""Mutation fuzzer for the file parsers.
+
+python -m tests.fuzz.fuzz gguf --seconds 60       (from the repository's root; or safetensors, index, config)
+
+Every input must be read or refused with an InvalidInputError, within SLOW_SECONDS and without taking memory
+that the file does not justify. Anything else is a finding: it is printed, kept in --save, and the exit status
+is 1. Files in tests/fuzz/corpus/<target>/ are tried first: put every finding there when it is mended.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kttools_runtime.errors import InvalidInputError
+from tests.fuzz.mutations import mutated
+from tests.fuzz.targets import TARGETS, Target
+from tests.memory import resident_bytes
+
+CORPUS = Path(__file__).resolve().parent / "corpus"
+SLOW_SECONDS = 5.0
+GROWTH_BYTES = 1 << 30
+
+
+@dataclass
+class Outcome:
+    """accepted and refused: numbers of inputs; findings: (input, what went wrong)."""
+
+    accepted: int = 0
+    refused: int = 0
+    findings: list[tuple[bytes, str]] = field(default_factory=list)
+
+    @property
+    def runs(self) -> int:
+        return self.accepted + self.refused + len(self.findings)
+
+
+def fuzz(target: Target, folder: Path, seconds: float, seed: int, corpus: Path | None = None) -> Outcome:
+    """Runs for `seconds`; the same seed tries the same inputs in the same order."""
+    rng = random.Random(seed)
+    (folder / "seeds").mkdir()
+    seeds = target.seeds(folder / "seeds")
+    kept = [file.read_bytes() for file in sorted(corpus.iterdir())] if corpus and corpus.is_dir() else []
+    outcome = Outcome()
+    end = time.monotonic() + seconds
+    for data in [*kept, *dict.fromkeys(seeds)]:
+        try_one(target, folder, data, outcome)
+    while time.monotonic() < end:
+        try_one(target, folder, mutated(rng, seeds + kept), outcome)
+    return outcome
+
+
+def try_one(target: Target, folder: Path, data: bytes, outcome: Outcome) -> None:
+    file = folder / f"input{target.suffix}"
+    file.write_bytes(data)
+    before, started = resident_bytes(), time.thread_time()
+    try:
+        target.run(file)
+        outcome.accepted += 1
+    except InvalidInputError as error:
+        outcome.refused += 1
+        if "\n" in str(error):
+            outcome.findings.append((data, f"a message of several lines: {error}"))
+    except Exception:  # the point of the exercise
+        outcome.findings.append((data, traceback.format_exc()))
+    if time.thread_time() - started > SLOW_SECONDS:
+        outcome.findings.append((data, f"took {time.thread_time() - started:.1f} s"))
+    if resident_bytes() - before > GROWTH_BYTES:
+        outcome.findings.append((data, f"memory grew by {resident_bytes() - before} bytes"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=sorted(TARGETS))
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, default=None, help="folder for findings")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        target = TARGETS[options.target]
+        outcome = fuzz(target, Path(folder), options.seconds, options.seed, CORPUS / options.target)
+    print(f"{outcome.runs} inputs: {outcome.accepted} read, {outcome.refused} refused")
+    for number, (data, problem) in enumerate(outcome.findings):
+        print(f"finding {number}: {problem}")
+        if options.save:
+            options.save.mkdir(parents=True, exist_ok=True)
+            (options.save / f"{options.target}-{number}").write_bytes(data)
+    return 1 if outcome.findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
