@@ -17,6 +17,8 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized", "-Wno-uninitial
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 ISA_FLAGS = {"kernels_avx2": AVX2, "kernels_avx512": AVX512, "kernels_amx": AMX}
+# Contraction where no bytes must be the same everywhere: norms, attention and routers of a decode step.
+FILE_FLAGS = {**ISA_FLAGS, "row_math": ["-ffp-contract=fast"]}
 
 # KTTOOLS_SANITIZE=address,undefined (or thread) builds the extension instrumented; see CONTRIBUTING.md.
 SANITIZE = os.environ.get("KTTOOLS_SANITIZE", "")
@@ -30,7 +32,7 @@ class IsaBuildExt(build_ext):
 
         def with_isa_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):
             stem = os.path.splitext(os.path.basename(src))[0]
-            compile_one(obj, src, ext, cc_args, [*extra_postargs, *ISA_FLAGS.get(stem, [])], pp_opts)
+            compile_one(obj, src, ext, cc_args, [*extra_postargs, *FILE_FLAGS.get(stem, [])], pp_opts)
 
         self.compiler._compile = with_isa_flags
         super().build_extensions()

@@ -1,74 +1,20 @@
-// Python sees the engine through this file alone. Every array is checked here: dtype, shape, contiguity, range.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+// Python sees the engine through this file and step_bindings.cpp alone. Every array is checked here (arrays.h): dtype,
+// shape, contiguity, range.
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 
+#include "arrays.h"
 #include "ceilings.h"
 #include "cpu_features.h"
 #include "dispatch.h"
 #include "linear.h"
 #include "moe.h"
-
-namespace py = pybind11;
+#include "step_bindings.h"
 
 namespace kt {
 namespace {
-
-[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
-
-std::string shape_text(const py::array& array) {
-  std::string text = "[";
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) text += (i ? ", " : "") + std::to_string(array.shape(i));
-  return text + "]";
-}
-
-template <typename T>
-bool is_dtype(const py::array& array) {
-  return py::isinstance<py::array_t<T>>(array);
-}
-
-void check_contiguous(const py::array& array, const char* name, int ndim) {
-  if (array.ndim() != ndim)
-    fail(std::string(name) + " must have " + std::to_string(ndim) + " dimensions, got " + shape_text(array));
-  if (!(array.flags() & py::array::c_style)) fail(std::string(name) + " must be C-contiguous");
-}
-
-template <typename T>
-const T* read(const py::array& array, const char* name, std::vector<py::ssize_t> shape) {
-  if (!is_dtype<T>(array))
-    fail(std::string(name) + " must be " + std::string(py::str(py::dtype::of<T>())) + ", got " +
-         std::string(py::str(array.dtype())));
-  check_contiguous(array, name, static_cast<int>(shape.size()));
-  for (size_t i = 0; i < shape.size(); ++i) {
-    if (array.shape(static_cast<py::ssize_t>(i)) != shape[i]) {
-      fail(std::string(name) + " has shape " + shape_text(array) + ", expected " + std::to_string(shape[i]) +
-           " in dimension " + std::to_string(i));
-    }
-  }
-  return static_cast<const T*>(array.data());
-}
-
-template <typename T>
-T* write(py::array& array, const char* name, std::vector<py::ssize_t> shape) {
-  read<T>(array, name, std::move(shape));
-  if (!array.writeable()) fail(std::string(name) + " must be writeable");
-  return static_cast<T*>(array.mutable_data());
-}
-
-// float32 or bf16 (as uint16).
-bool is_bf16(const py::array& array, const char* name) {
-  if (is_dtype<uint16_t>(array)) return true;
-  if (is_dtype<float>(array)) return false;
-  fail(std::string(name) + " must be float32 or uint16 (bf16 bits), got " + std::string(py::str(array.dtype())));
-}
-
-int checked_int(py::ssize_t value, const char* name) {
-  if (value < 1 || value > (1 << 20)) fail(std::string(name) + " must be 1 to 1048576, got " + std::to_string(value));
-  return static_cast<int>(value);
-}
 
 MatrixView matrix(const py::array& w, const char* name) {
   const bool bf16 = is_bf16(w, name);
@@ -252,12 +198,6 @@ void linear_forward(PackedLinear& linear, const py::array& x, py::array out) {
   if (rows.rows > 0) linear.forward(rows, target, out_bf16);
 }
 
-// A layer and the arrays it reads in place: these very arrays, whatever becomes of the list they came in.
-struct LayerOverBlobs {
-  std::vector<py::array> blobs;
-  ExpertLayer layer;
-};
-
 std::unique_ptr<LayerOverBlobs> make_layer(std::shared_ptr<Engine> engine, int hidden_size, int moe_intermediate_size,
                                            const std::vector<std::string>& names, std::vector<py::array> blobs) {
   if (names.size() != blobs.size()) fail("formats and blobs differ in length");
@@ -352,4 +292,5 @@ PYBIND11_MODULE(_kernels, m) {
       .def_property_readonly("in_features", &PackedLinear::in_features)
       .def_property_readonly("nbytes", &PackedLinear::nbytes)
       .def("forward", &linear_forward, py::arg("x"), py::arg("out"));
+  bind_steps(m);
 }

@@ -32,16 +32,30 @@ struct RowStage {
   Buffer f32;    // [rows][wide_stride] float
 };
 
+// Memory of one decode step (step.h), shared by all layers so that it stays in the cache.
+struct StepScratch {
+  Buffer normed;     // [rows][hidden_size]
+  Buffer projected;  // what a first matrix gives: queries and latents, gate and up
+  Buffer inner;      // between two matrices
+  Buffer heads;      // the result of all heads
+  Buffer out;        // [rows][hidden_size]
+  Buffer routed;     // [rows][hidden_size]
+  std::vector<Buffer> workers;
+};
+
 class Engine {
  public:
   // Throws std::invalid_argument for a bad thread count or isa name (empty: the best one).
-  Engine(int threads, const std::string& isa) : kernels_(select_table(isa)), pool_(threads), gemm_(pool_.size()) {}
+  Engine(int threads, const std::string& isa) : kernels_(select_table(isa)), pool_(threads), gemm_(pool_.size()) {
+    step.workers.resize(static_cast<size_t>(pool_.size()));
+  }
 
   int threads() const { return pool_.size(); }
   const KernelTable& kernels() const { return kernels_; }
   ThreadPool& pool() { return pool_; }
   GemmScratch& gemm_scratch(int worker) { return gemm_[static_cast<size_t>(worker)]; }
-  std::mutex& busy() { return busy_; }  // one forward at a time uses the scratch
+  std::mutex& busy() { return busy_; }          // one forward at a time uses the scratch
+  std::mutex& stepping() { return stepping_; }  // and one decode step; taken before busy()
 
   // Workers worth waking for this many bytes of weights or arithmetic of that size.
   int workers_for(size_t weight_bytes, int rows) const;
@@ -50,6 +64,7 @@ class Engine {
   Buffer tiles;        // activations of one group, cut into tiles or gathered
   Buffer hidden;       // float intermediate of one group
   Buffer hidden_rows;  // and quantised
+  StepScratch step;
 
  private:
   static const KernelTable& select_table(const std::string& isa);
@@ -58,6 +73,7 @@ class Engine {
   ThreadPool pool_;
   std::vector<GemmScratch> gemm_;
   std::mutex busy_;
+  std::mutex stepping_;
 };
 
 }  // namespace kt

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kttools_runtime.attention import Step, causal_mask
+from kttools_runtime.attention import Step
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.expert_policy import LayerPolicy
 from kttools_runtime.model import DecoderLayer, Model
@@ -136,8 +136,7 @@ class LayerRunner:
 
     def _window_step(self, num_tokens: int) -> Step:
         if self._step is None or self._step.num_tokens != num_tokens:
-            mask = causal_mask(0, num_tokens, self.model.dtype, self.model.device)
-            self._step = Step(0, num_tokens, self._rope.rotations(0, num_tokens), mask)
+            self._step = Step(0, num_tokens, self._rope.rotations(0, num_tokens))
         return self._step
 
 

@@ -124,3 +124,78 @@ class PackedLinear:
     def nbytes(self) -> int: ...
     def forward(self, x: _Float, out: _Float) -> None:
         """x [T, K] -> out [T, N]. The GIL is released."""
+
+_Norm: TypeAlias = tuple[_F32, float]
+"""sqrt(n) weight [n], and n eps."""
+
+MAX_STEP_ROWS: int
+"""Tokens that a step takes at most."""
+
+@final
+class Router:
+    """Scores, group limit, the best k and their weights; kind: sigmoid_bias_groups or softmax_groups."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        kind: str,
+        groups: int,
+        top_groups: int,
+        k: int,
+        normalise: bool,
+        scale: float,
+        weight: _F32,
+        bias: _F32 | None = None,
+    ) -> None: ...
+    def forward(self, x: _F32, ids: _I64, weights: _F32) -> None:
+        """x [T, H] -> ids and weights [T, k], best first. The GIL is released."""
+
+@final
+class DenseStep:
+    """hidden += down(silu(gate) * up) of the normed hidden; gate_up: one matrix or two."""
+
+    def __init__(
+        self, engine: Engine, norm: _Norm, gate_up: Sequence[PackedLinear], down: PackedLinear
+    ) -> None: ...
+    def forward(self, hidden: _F32) -> None:
+        """hidden [T, H], updated. The GIL is released."""
+
+@final
+class MoeStep:
+    """hidden += routed and shared experts of the normed hidden."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        norm: _Norm,
+        router: Router,
+        experts: ExpertLayer,
+        shared_gate_up: Sequence[PackedLinear],
+        shared_down: PackedLinear | None = None,
+        shared_gate: _F32 | None = None,
+    ) -> None: ...
+    def forward(self, hidden: _F32) -> None:
+        """hidden [T, H], updated. The GIL is released."""
+
+@final
+class LatentStep:
+    """hidden += multi-head latent attention of the normed hidden, absorbed."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        rope: int,
+        softmax_scale: float,
+        norm: _Norm,
+        inputs: Sequence[PackedLinear],
+        q_norm: _Norm | None,
+        q_b: PackedLinear | None,
+        kv_norm: _Norm,
+        up_key: npt.NDArray[np.uint16],
+        up_value: npt.NDArray[np.uint16],
+        out: PackedLinear,
+    ) -> None:
+        """up_key [heads, nope, latent] and up_value [heads, value, latent] are read in place."""
+
+    def forward(self, hidden: _F32, rotations: _F32, cache: npt.NDArray[np.uint16], start: int) -> None:
+        """hidden [T, H] and rows start... of cache [C, latent + rope] are updated. The GIL is released."""

@@ -6,6 +6,7 @@ as many queries on one key head, and only the result is expanded (W_UV), so that
 lies.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,28 +21,21 @@ from .rope import pair_order, rotate_
 # Keys and values that prefill holds at once, in bytes: 8 of DeepSeek-V3's heads at 32k tokens, all heads at
 # 2k.
 HEAD_BLOCK_BYTES = 256 << 20
+# Queries after a context that are masked at once. A chunk of 1024 after 1024 tokens, 32 of DeepSeek-V3's
+# heads, one thread: 133 ms whole, 135 in blocks of 512, 161 in blocks of 256.
+QUERY_BLOCK_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """What all layers share in one forward pass over new tokens at positions start, start + 1, ...
 
-    rotations: complex64 [num_tokens, 1, qk_rope_head_dim / 2]. mask: [num_tokens, start + num_tokens] of 0
-    and minus infinity in the attention's dtype, or None where it is not needed: one token, or no context
-    before them.
+    rotations: complex64 [num_tokens, 1, qk_rope_head_dim / 2].
     """
 
     start: int
     num_tokens: int
     rotations: Tensor
-    mask: Tensor | None
-
-
-def causal_mask(start: int, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    if start == 0 or num_tokens == 1:
-        return None
-    mask = torch.full((num_tokens, start + num_tokens), -torch.inf, dtype=dtype, device=device)
-    return mask.triu_(start + 1)
 
 
 class LatentAttention:
@@ -82,12 +76,13 @@ class LatentAttention:
     def _split_kv_b(self, kv_b: Tensor, placement: Placement) -> None:
         """W_UK [heads, qk_nope_head_dim, kv_lora_rank] and W_UV [heads, v_head_dim, kv_lora_rank].
 
-        float32 on the CPU, also in bf16 mode: torch's batched bf16 product of one row takes 23 us where
-        float32 takes 3 (ds3-tiny) and the same 1.2 ms at DeepSeek-V3's size (Xeon with AMX, one thread, torch
-        2.13).
+        bf16 where the CPU kernels decode with them (step.py). Else float32 on the CPU, also in bf16 mode:
+        torch's batched bf16 product of one row takes 23 us where float32 takes 3 (ds3-tiny, Xeon with AMX,
+        one thread, torch 2.13).
         """
         config = self.config
-        dtype = torch.float32 if placement.device.type == "cpu" else placement.dtype
+        is_wide = placement.device.type == "cpu" and not placement.uses_cpu_kernels
+        dtype = torch.float32 if is_wide else placement.dtype
         per_head = kv_b.to(device=placement.device, dtype=dtype).view(
             config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank
         )
@@ -128,7 +123,10 @@ class LatentAttention:
         return torch.bmm(latents, self.w_uv.mT).view(1, -1).to(torch.float32)
 
     def _full(self, query: Tensor, context: Tensor, step: Step) -> Tensor:
-        """query [num_tokens, heads, qk_head_dim] -> [num_tokens, heads * v_head_dim]."""
+        """query [num_tokens, heads, qk_head_dim] -> [num_tokens, heads * v_head_dim].
+
+        Scores and masks of bounded blocks alone are in memory, never [num_tokens, context].
+        """
         config = self.config
         out = query.new_empty(step.num_tokens, config.num_attention_heads, config.v_head_dim)
         width = max(config.qk_head_dim, config.v_head_dim)
@@ -138,16 +136,33 @@ class LatentAttention:
             heads = slice(first, first + block)
             keys, values = self._expand(context, heads, width)
             rows = functional.pad(query[:, heads].to(self.dtype), (0, width - config.qk_head_dim))
-            attended = functional.scaled_dot_product_attention(
-                rows.transpose(0, 1)[None],
-                keys.transpose(0, 1)[None],
-                values.transpose(0, 1)[None],
-                attn_mask=step.mask,
-                is_causal=step.mask is None,
-                scale=config.softmax_scale,
-            )
-            out[:, heads] = attended[0, :, :, : config.v_head_dim].transpose(0, 1)
+            for begin, end, mask in self._query_blocks(step):
+                seen = step.start + end
+                attended = functional.scaled_dot_product_attention(
+                    rows[begin:end].transpose(0, 1)[None],
+                    keys[:seen].transpose(0, 1)[None],
+                    values[:seen].transpose(0, 1)[None],
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=config.softmax_scale,
+                )
+                out[begin:end, heads] = attended[0, :, :, : config.v_head_dim].transpose(0, 1)
         return out.view(step.num_tokens, -1)
+
+    def _query_blocks(self, step: Step) -> Iterator[tuple[int, int, Tensor | None]]:
+        """(begin, end, mask [end - begin, start + end]) of blocks of queries.
+
+        At the beginning of a sequence one block without a mask: torch's flash kernel is causal by itself and
+        no faster in blocks (2048 tokens, DeepSeek-V3's heads: 146 ms whole, 202 in blocks of 512).
+        """
+        if step.start == 0:
+            yield 0, step.num_tokens, None
+            return
+        for begin in range(0, step.num_tokens, QUERY_BLOCK_TOKENS):
+            end = min(begin + QUERY_BLOCK_TOKENS, step.num_tokens)
+            shape = (end - begin, step.start + end)
+            mask = torch.full(shape, -torch.inf, dtype=self.dtype, device=self.w_uk.device)
+            yield begin, end, mask.triu_(step.start + begin + 1)
 
     def _expand(self, context: Tensor, heads: slice, width: int) -> tuple[Tensor, Tensor]:
         """Keys and values [context, heads, width] of some heads, zero-padded to one width.

@@ -39,7 +39,7 @@ class ExpertLayer:
     """The routed experts of one MoE layer. Made by ExpertEngine."""
 
     def __init__(self, layer: _kernels.ExpertLayer, hidden_size: int) -> None:
-        self._layer = layer
+        self.native = layer
         self.hidden_size = hidden_size
         self.num_experts: int = layer.num_experts
 
@@ -59,7 +59,7 @@ class ExpertLayer:
         if out is None:
             out = torch.empty((x.shape[0], self.hidden_size), dtype=torch.float32)
         try:
-            self._layer.forward(as_numpy(x), as_numpy(expert_ids), as_numpy(expert_weights), out.numpy())
+            self.native.forward(as_numpy(x), as_numpy(expert_ids), as_numpy(expert_weights), out.numpy())
         except ValueError as error:
             raise InvalidInputError(f"expert layer: {error}") from None
         return out

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .attention import LatentAttention, Step, causal_mask
+from .attention import LatentAttention, Step
 from .cache import KVCache
 from .config import ModelConfig
 from .errors import InvalidInputError, UsageError
@@ -18,6 +18,7 @@ from .mlp import GatedMLP
 from .moe import MoELayer, RoutedExperts
 from .norm import RMSNorm
 from .rope import Rope
+from .step import MAX_STEP_TOKENS, Steps
 from .torch_threads import set_torch_threads
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class Model:
         self._norm = norm
         self._head = head
         self._rope = Rope(config, placement.device)
+        is_native = placement.uses_cpu_kernels and not isinstance(layers, LayerStream)
+        self._steps = Steps(placement.pool, layers) if is_native else None
         self._tokenizer_dir = tokenizer_dir
         self._tokenizer: Tokenizer | None = None
 
@@ -202,13 +205,13 @@ class Model:
         """tokens int64 [T] at the cache's end -> hidden [T, hidden_size] float32 before the last norm."""
         start, num_tokens = cache.length, tokens.shape[0]
         set_torch_threads(self.config, self.dtype, self.threads, start, num_tokens)
-        mask = None  # grouped-query attention makes its own, a block of queries at a time
-        if self.config.attention == "mla":
-            mask = causal_mask(start, num_tokens, self.dtype, self.device)
-        step = Step(start, num_tokens, self._rope.rotations(start, num_tokens), mask)
+        step = Step(start, num_tokens, self._rope.rotations(start, num_tokens))
         hidden = self._embedding[tokens].to(torch.float32)
-        for layer, rows in zip(self.layers, cache.layers, strict=True):
-            layer.add_to(hidden, step, rows)
+        if self._steps is not None and num_tokens <= MAX_STEP_TOKENS:
+            self._steps.forward(hidden, step, cache)
+        else:
+            for layer, rows in zip(self.layers, cache.layers, strict=True):
+                layer.add_to(hidden, step, rows)
         cache.length = start + num_tokens
         return hidden
 

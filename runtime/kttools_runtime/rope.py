@@ -14,20 +14,32 @@ from torch import Tensor
 from .config import ModelConfig
 from .rope_scaling import LinearScaling, Llama3Scaling, YarnScaling
 
+FIRST_POSITIONS = 512
+
 
 class Rope:
     """cos + i sin of every pair at given positions, scaled by the config's `rope_cos_sin_scale`."""
 
-    __slots__ = ("inverse_frequencies", "scale")
+    __slots__ = ("_table", "inverse_frequencies", "scale")
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.inverse_frequencies = inverse_frequencies(config).to(device)
         self.scale = torch.tensor(config.rope_cos_sin_scale, dtype=torch.float32, device=device)
+        self._table = self._rotations(0)
 
     def rotations(self, start: int, num_tokens: int) -> Tensor:
-        """complex64 [num_tokens, 1, qk_rope_head_dim / 2] for positions start, start + 1, ..."""
+        """complex64 [num_tokens, 1, qk_rope_head_dim / 2] for positions start, start + 1, ...
+
+        A view of a table that grows with the positions asked for: 256 bytes each at DeepSeek-V3's size.
+        """
+        end = start + num_tokens
+        if end > self._table.shape[0]:
+            self._table = self._rotations(max(end, 2 * self._table.shape[0], FIRST_POSITIONS))
+        return self._table[start:end]
+
+    def _rotations(self, num_positions: int) -> Tensor:
         frequencies = self.inverse_frequencies
-        positions = torch.arange(start, start + num_tokens, dtype=torch.float32, device=frequencies.device)
+        positions = torch.arange(num_positions, dtype=torch.float32, device=frequencies.device)
         angles = positions[:, None, None] * frequencies
         return torch.polar(self.scale.expand_as(angles), angles)
 

@@ -1,6 +1,6 @@
 """Which experts a token goes to: the exact native router, then (when there is one) an expert table."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,24 @@ class Router:
         self.bias = bias
         self.num_experts = config.num_experts_per_tok if num_experts is None else num_experts
         self.table: LayerTable | None = None
+
+    def native(self, engine: Any) -> Any:
+        """The same choice in C++, for a few tokens and without a table."""
+        from . import _kernels
+
+        config = self.config
+        bias = None if self.bias is None else self.bias.numpy()
+        return _kernels.Router(
+            engine,
+            config.router,
+            config.n_group,
+            config.topk_group,
+            self.num_experts,
+            config.norm_topk_prob,
+            config.routed_scaling_factor,
+            self.weight.contiguous().numpy(),
+            bias,
+        )
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, hidden_size] float32 -> ids int64 and weights float32, both [T, num_experts]."""

@@ -1,0 +1,128 @@
+#include "router.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+#include "row_math.h"
+
+namespace kt {
+namespace {
+
+constexpr float kNormEps = 1e-20f;  // routing.py: NORM_EPS
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+bool is_bf16_exact(const float* values, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    if (bits & 0xFFFF) return false;
+  }
+  return true;
+}
+
+// What is compared: a NaN is taken first, as torch's topk does, so that it is seen in the result.
+float comparable(float value) { return std::isnan(value) ? kInfinity : value; }
+
+int index_of_largest(const std::vector<float>& values) {
+  return static_cast<int>(std::max_element(values.begin(), values.end()) - values.begin());
+}
+
+}  // namespace
+
+Router::Router(std::shared_ptr<Engine> engine, const RouterShape& shape, const float* weight, std::vector<float> bias)
+    : engine_(std::move(engine)), shape_(shape), weight_(weight), bias_(std::move(bias)) {
+  const bool grouped = shape.groups >= 1 && shape.top_groups >= 1 && shape.top_groups <= shape.groups &&
+                       shape.num_experts % shape.groups == 0;
+  const int eligible = grouped ? shape.num_experts / shape.groups * shape.top_groups : 0;
+  if (shape.num_experts < 1 || shape.hidden_size < 1 || shape.k < 1 || shape.k > eligible) {
+    throw std::invalid_argument("a router cannot choose " + std::to_string(shape.k) + " of " +
+                                std::to_string(shape.num_experts) + " experts in " + std::to_string(shape.top_groups) +
+                                " of " + std::to_string(shape.groups) + " groups");
+  }
+  const auto experts = static_cast<size_t>(shape.num_experts);
+  if (!bias_.empty() && bias_.size() != experts) throw std::invalid_argument("bias and experts differ in number");
+  scores_.resize(experts);
+  const size_t count = experts * static_cast<size_t>(shape.hidden_size);
+  if (!is_bf16_exact(weight, count)) return;
+  weight_bf16_.resize(count);
+  round_bf16(weight, count, weight_bf16_.data());
+}
+
+void Router::forward(const float* x, int rows, int64_t* ids, float* weights) {
+  for (int r = 0; r < rows; ++r) {
+    const auto row = static_cast<size_t>(r);
+    logits(x + row * static_cast<size_t>(shape_.hidden_size), scores_.data());
+    choose(scores_.data(), ids + row * static_cast<size_t>(shape_.k), weights + row * static_cast<size_t>(shape_.k));
+  }
+}
+
+void Router::logits(const float* x, float* out) {
+  const auto width = static_cast<size_t>(shape_.hidden_size);
+  const size_t item = weight_bf16_.empty() ? sizeof(float) : sizeof(uint16_t);
+  const int workers = engine_->workers_for(scores_.size() * width * item, 1);
+  engine_->pool().run(workers, [&](int worker) {
+    const int begin = shape_.num_experts * worker / workers, end = shape_.num_experts * (worker + 1) / workers;
+    const size_t first = static_cast<size_t>(begin) * width;
+    if (weight_bf16_.empty()) {
+      dot_rows_f32(x, weight_ + first, end - begin, width, out + begin);
+    } else {
+      dot_rows_bf16(x, weight_bf16_.data() + first, end - begin, width, out + begin);
+    }
+  });
+}
+
+void Router::choose(float* scores, int64_t* ids, float* weights) const {
+  const auto experts = static_cast<size_t>(shape_.num_experts);
+  if (shape_.kind == RouterKind::kSigmoidBiasGroups) {
+    for (size_t e = 0; e < experts; ++e) scores[e] = 1.0f / (1.0f + std::exp(-scores[e]));
+  } else {
+    const float largest = *std::max_element(scores, scores + experts);
+    float total = 0.0f;
+    for (size_t e = 0; e < experts; ++e) total += scores[e] = std::exp(scores[e] - largest);
+    for (size_t e = 0; e < experts; ++e) scores[e] /= total;
+  }
+  std::vector<float> choice(experts);
+  for (size_t e = 0; e < experts; ++e) choice[e] = comparable(scores[e] + (bias_.empty() ? 0.0f : bias_[e]));
+  limit_groups(choice);
+  float total = 0.0f;
+  for (int i = 0; i < shape_.k; ++i) {
+    const int best = index_of_largest(choice);
+    choice[static_cast<size_t>(best)] = -kInfinity;
+    ids[i] = best;
+    weights[i] = scores[best];
+    total += scores[best];
+  }
+  const float scale = shape_.normalise ? shape_.scale / (total + kNormEps) : shape_.scale;
+  for (int i = 0; i < shape_.k; ++i) weights[i] *= scale;
+}
+
+// A group's score: the sum of its two best choices (sigmoid), or its best (softmax).
+void Router::limit_groups(std::vector<float>& choice) const {
+  if (shape_.top_groups == shape_.groups) return;
+  const int size = shape_.num_experts / shape_.groups;
+  std::vector<float> group(static_cast<size_t>(shape_.groups));
+  for (int g = 0; g < shape_.groups; ++g) {
+    float first = -kInfinity, second = -kInfinity;
+    for (int e = g * size; e < (g + 1) * size; ++e) {
+      const float value = choice[static_cast<size_t>(e)];
+      second = std::max(second, std::min(first, value));
+      first = std::max(first, value);
+    }
+    const bool sum_of_two = shape_.kind == RouterKind::kSigmoidBiasGroups;
+    group[static_cast<size_t>(g)] = comparable(sum_of_two ? first + second : first);
+  }
+  std::vector<bool> kept(group.size());
+  for (int i = 0; i < shape_.top_groups; ++i) {
+    const auto best = static_cast<size_t>(index_of_largest(group));
+    kept[best] = true;
+    group[best] = -kInfinity;
+  }
+  for (size_t e = 0; e < choice.size(); ++e) {
+    if (!kept[e / static_cast<size_t>(size)]) choice[e] = -kInfinity;
+  }
+}
+
+}  // namespace kt

@@ -1,0 +1,40 @@
+// Arithmetic on float rows outside the GEMMs: norms, rotation, silu, dot products with float or bf16 rows. Plain C++ in
+// vectors of 16 lanes. Rows may have any length and alignment; no function allocates or throws.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kt {
+
+// out = x / sqrt(mean(x^2) + eps) * weight, as x * rsqrt(sum(x^2) + sum_eps) * scaled_weight with sum_eps = n eps and
+// scaled_weight = sqrt(n) weight. out may be x.
+void rms_norm(const float* x, const float* scaled_weight, size_t n, float sum_eps, float* out);
+
+// Multiplies `pairs` complex numbers of x by those of rotation, both (real, imaginary) side by side.
+void rotate_pairs(float* x, const float* rotation, size_t pairs);
+
+// out = silu(gate) * up. out may be gate or up.
+void silu_mul(const float* gate, const float* up, size_t n, float* out);
+
+// y += scale * x.
+void add_scaled(float* y, const float* x, float scale, size_t n);
+
+// To bf16, nearest even.
+void round_bf16(const float* x, size_t n, uint16_t* out);
+
+// out[r] = x . row r of a matrix [rows, n], float or bf16.
+void dot_rows_f32(const float* x, const float* matrix, int rows, size_t n, float* out);
+void dot_rows_bf16(const float* x, const uint16_t* matrix, int rows, size_t n, float* out);
+
+// out[c] = sum over r of x[r] * matrix[r][c], a bf16 matrix [rows, n].
+void sum_rows_bf16(const float* x, const uint16_t* matrix, int rows, size_t n, float* out);
+
+constexpr int kAttendQueries = 4;  // per call: each key is loaded once for all of them
+
+// Attention of up to kAttendQueries queries [count][width] on the same keys, bf16 rows [keys][key_stride]; the first
+// value_width numbers of a key are its value. scores: scratch [count][keys]. out [count][value_width].
+void attend_shared_bf16(const float* queries, int count, size_t width, const uint16_t* rows, size_t key_stride,
+                        int keys, size_t value_width, float scale, float* scores, float* out);
+
+}  // namespace kt

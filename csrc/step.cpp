@@ -1,0 +1,127 @@
+#include "step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "row_math.h"
+
+namespace kt {
+namespace {
+
+float* reserve_floats(Buffer& buffer, int rows, int cols) {
+  buffer.reserve(static_cast<size_t>(rows) * static_cast<size_t>(cols) * sizeof(float));
+  return buffer.as<float>();
+}
+
+void forward_linear(PackedLinear& linear, const float* x, int rows, float* out) {
+  linear.forward({x, false, rows, linear.in_features()}, out, false);
+}
+
+void check_size(int got, int expected, const char* what) {
+  if (got != expected) {
+    throw std::invalid_argument(std::string(what) + ": expected " + std::to_string(expected) + " features, got " +
+                                std::to_string(got));
+  }
+}
+
+}  // namespace
+
+void Norm::apply(const float* x, float* out) const { rms_norm(x, scaled_.data(), scaled_.size(), sum_eps_, out); }
+
+LinearPair::LinearPair(PackedLinear* first, PackedLinear* second) : first_(first), second_(second) {
+  if (second) check_size(second->in_features(), first->in_features(), "second matrix");
+}
+
+void LinearPair::forward(const float* x, int rows, float* out, Buffer& scratch) const {
+  if (!second_) return forward_linear(*first_, x, rows, out);
+  const auto left = static_cast<size_t>(first_->out_features()), right = static_cast<size_t>(second_->out_features());
+  float* parts = reserve_floats(scratch, rows, out_features());
+  float* second = parts + static_cast<size_t>(rows) * left;
+  forward_linear(*first_, x, rows, parts);
+  forward_linear(*second_, x, rows, second);
+  for (size_t r = 0; r < static_cast<size_t>(rows); ++r) {
+    std::memcpy(out + r * (left + right), parts + r * left, left * sizeof(float));
+    std::memcpy(out + r * (left + right) + left, second + r * right, right * sizeof(float));
+  }
+}
+
+GatedMlp::GatedMlp(std::shared_ptr<Engine> engine, LinearPair gate_up, PackedLinear* down)
+    : engine_(std::move(engine)), gate_up_(gate_up), down_(down) {
+  check_size(gate_up.out_features(), 2 * down->in_features(), "gate and up");
+  check_size(gate_up.in_features(), down->out_features(), "gate and up's input");
+}
+
+void GatedMlp::forward(const float* x, int rows, float* out) const {
+  const int inner_size = down_->in_features();
+  const auto width = static_cast<size_t>(inner_size);
+  float* both = reserve_floats(engine_->step.projected, rows, 2 * inner_size);
+  gate_up_.forward(x, rows, both, engine_->step.inner);
+  float* inner = reserve_floats(engine_->step.inner, rows, inner_size);
+  for (size_t r = 0; r < static_cast<size_t>(rows); ++r) {
+    silu_mul(both + r * 2 * width, both + r * 2 * width + width, width, inner + r * width);
+  }
+  forward_linear(*down_, inner, rows, out);
+}
+
+DenseStep::DenseStep(std::shared_ptr<Engine> engine, Norm norm, GatedMlp mlp)
+    : engine_(std::move(engine)), norm_(std::move(norm)), mlp_(std::move(mlp)) {
+  check_size(mlp_.hidden_size(), norm_.size(), "mlp");
+}
+
+void DenseStep::forward(float* hidden, int rows) {
+  std::lock_guard<std::mutex> stepping(engine_->stepping());
+  const auto width = static_cast<size_t>(hidden_size());
+  float* x = reserve_floats(engine_->step.normed, rows, hidden_size());
+  float* out = reserve_floats(engine_->step.out, rows, hidden_size());
+  for (size_t r = 0; r < static_cast<size_t>(rows); ++r) norm_.apply(hidden + r * width, x + r * width);
+  mlp_.forward(x, rows, out);
+  add_scaled(hidden, out, 1.0f, static_cast<size_t>(rows) * width);
+}
+
+MoeStep::MoeStep(std::shared_ptr<Engine> engine, Norm norm, Router* router, ExpertLayer* experts,
+                 std::unique_ptr<GatedMlp> shared, std::vector<float> shared_gate)
+    : engine_(std::move(engine)),
+      norm_(std::move(norm)),
+      router_(router),
+      experts_(experts),
+      shared_(std::move(shared)),
+      shared_gate_(std::move(shared_gate)) {
+  check_size(router->shape().hidden_size, norm_.size(), "router");
+  check_size(experts->hidden_size(), norm_.size(), "experts");
+  check_size(experts->num_experts(), router->shape().num_experts, "experts in the router");
+  if (shared_) check_size(shared_->hidden_size(), norm_.size(), "shared expert");
+  if (!shared_gate_.empty()) check_size(static_cast<int>(shared_gate_.size()), norm_.size(), "shared expert's gate");
+}
+
+void MoeStep::forward(float* hidden, int rows) {
+  std::lock_guard<std::mutex> stepping(engine_->stepping());
+  const auto width = static_cast<size_t>(hidden_size());
+  float* x = reserve_floats(engine_->step.normed, rows, hidden_size());
+  float* routed = reserve_floats(engine_->step.routed, rows, hidden_size());
+  for (size_t r = 0; r < static_cast<size_t>(rows); ++r) norm_.apply(hidden + r * width, x + r * width);
+  const int k = router_->shape().k;
+  std::vector<int64_t> ids(static_cast<size_t>(rows) * static_cast<size_t>(k));
+  std::vector<float> weights(ids.size());
+  router_->forward(x, rows, ids.data(), weights.data());
+  experts_->forward({x, false, rows, hidden_size()}, {ids.data(), weights.data(), k}, routed);
+  if (shared_) add_shared(x, rows, routed);
+  add_scaled(hidden, routed, 1.0f, static_cast<size_t>(rows) * width);
+}
+
+void MoeStep::add_shared(const float* x, int rows, float* routed) const {
+  const auto width = static_cast<size_t>(hidden_size());
+  float* out = reserve_floats(engine_->step.out, rows, hidden_size());
+  shared_->forward(x, rows, out);
+  for (size_t r = 0; r < static_cast<size_t>(rows); ++r) {
+    float scale = 1.0f;
+    if (!shared_gate_.empty()) {
+      dot_rows_f32(x + r * width, shared_gate_.data(), 1, width, &scale);
+      scale = 1.0f / (1.0f + std::exp(-scale));
+    }
+    add_scaled(routed + r * width, out + r * width, scale, width);
+  }
+}
+
+}  // namespace kt

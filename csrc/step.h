@@ -1,0 +1,93 @@
+// Halves of a decoder layer for a few tokens, each in one call: norm, matrices, attention or mixture, residual. The same
+// as the modules of kttools_runtime do operation by operation, without their overhead; rows are float32 between matrices.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "engine.h"
+#include "linear.h"
+#include "moe.h"
+#include "router.h"
+
+namespace kt {
+
+constexpr int kMaxStepRows = 4;  // more tokens are a prefill
+
+// RMS norm as rms_norm (row_math.h) takes it: sqrt(n) weight and n eps.
+class Norm {
+ public:
+  Norm(const float* scaled_weight, int size, float sum_eps)
+      : scaled_(scaled_weight, scaled_weight + size), sum_eps_(sum_eps) {}
+  int size() const { return static_cast<int>(scaled_.size()); }
+  void apply(const float* x, float* out) const;
+
+ private:
+  std::vector<float> scaled_;
+  float sum_eps_;
+};
+
+// One or two matrices on the same input, their outputs side by side.
+class LinearPair {
+ public:
+  // second may be null. Throws std::invalid_argument when the inputs differ.
+  LinearPair(PackedLinear* first, PackedLinear* second);
+  int in_features() const { return first_->in_features(); }
+  int first_features() const { return first_->out_features(); }
+  int out_features() const { return first_->out_features() + (second_ ? second_->out_features() : 0); }
+  // out [rows, out_features]; scratch for the parts when there are two.
+  void forward(const float* x, int rows, float* out, Buffer& scratch) const;
+
+ private:
+  PackedLinear* first_;
+  PackedLinear* second_;
+};
+
+// down(silu(gate) * up).
+class GatedMlp {
+ public:
+  GatedMlp(std::shared_ptr<Engine> engine, LinearPair gate_up, PackedLinear* down);
+  int hidden_size() const { return down_->out_features(); }
+  void forward(const float* x, int rows, float* out) const;
+
+ private:
+  std::shared_ptr<Engine> engine_;
+  LinearPair gate_up_;
+  PackedLinear* down_;
+};
+
+// hidden += mlp(norm(hidden)).
+class DenseStep {
+ public:
+  DenseStep(std::shared_ptr<Engine> engine, Norm norm, GatedMlp mlp);
+  int hidden_size() const { return norm_.size(); }
+  void forward(float* hidden, int rows);
+
+ private:
+  std::shared_ptr<Engine> engine_;
+  Norm norm_;
+  GatedMlp mlp_;
+};
+
+// hidden += experts(norm(hidden)) + shared(norm(hidden)).
+class MoeStep {
+ public:
+  // shared may be null; shared_gate: [hidden_size], its output is multiplied by sigmoid(gate . x), or empty.
+  MoeStep(std::shared_ptr<Engine> engine, Norm norm, Router* router, ExpertLayer* experts,
+          std::unique_ptr<GatedMlp> shared, std::vector<float> shared_gate);
+  int hidden_size() const { return norm_.size(); }
+  void forward(float* hidden, int rows);
+
+ private:
+  void add_shared(const float* x, int rows, float* hidden) const;
+
+  std::shared_ptr<Engine> engine_;
+  Norm norm_;
+  Router* router_;
+  ExpertLayer* experts_;
+  std::unique_ptr<GatedMlp> shared_;
+  std::vector<float> shared_gate_;
+};
+
+}  // namespace kt

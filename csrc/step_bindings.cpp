@@ -1,0 +1,177 @@
+#include "step_bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+
+#include "latent_step.h"
+#include "router.h"
+#include "step.h"
+
+namespace kt {
+namespace {
+
+using NormArgs = std::pair<py::array, float>;  // sqrt(n) weight, n eps
+using Linears = std::vector<py::object>;       // one or two PackedLinears
+
+// Something that points into Python objects, and these objects.
+template <typename T>
+struct Over {
+  std::vector<py::object> kept;
+  T value;
+};
+
+template <typename T>
+std::unique_ptr<Over<T>> keep(std::vector<py::object> kept, T value) {
+  return std::unique_ptr<Over<T>>(new Over<T>{std::move(kept), std::move(value)});
+}
+
+Norm norm_of(const NormArgs& args) {
+  const py::array& weight = args.first;
+  if (weight.ndim() != 1) fail("a norm's weight must have 1 dimension, got " + shape_text(weight));
+  const int size = checked_int(weight.shape(0), "norm");
+  return Norm(read<float>(weight, "norm", {size}), size, args.second);
+}
+
+PackedLinear* linear_of(const py::object& linear) { return linear.cast<PackedLinear*>(); }
+
+LinearPair pair_of(const Linears& linears) {
+  if (linears.empty() || linears.size() > 2) fail("expected one or two matrices");
+  return LinearPair(linear_of(linears[0]), linears.size() == 2 ? linear_of(linears[1]) : nullptr);
+}
+
+std::vector<float> floats_of(const std::optional<py::array>& values, const char* name) {
+  if (!values) return {};
+  const float* data = read<float>(*values, name, {values->size()});
+  return std::vector<float>(data, data + values->size());
+}
+
+int step_rows(const py::array& hidden) {
+  if (hidden.ndim() != 2) fail("hidden must have 2 dimensions, got " + shape_text(hidden));
+  const py::ssize_t rows = hidden.shape(0);
+  if (rows < 1 || rows > kMaxStepRows) fail("a step takes 1 to 4 tokens, got " + std::to_string(rows));
+  return static_cast<int>(rows);
+}
+
+RouterKind router_kind(const std::string& name) {
+  if (name == "sigmoid_bias_groups") return RouterKind::kSigmoidBiasGroups;
+  if (name == "softmax_groups") return RouterKind::kSoftmaxGroups;
+  fail("unknown router " + name + ": expected sigmoid_bias_groups or softmax_groups");
+}
+
+std::unique_ptr<Over<Router>> make_router(std::shared_ptr<Engine> engine, const std::string& kind, int groups,
+                                          int top_groups, int k, bool normalise, float scale, const py::array& weight,
+                                          const std::optional<py::array>& bias) {
+  if (weight.ndim() != 2) fail("weight must have 2 dimensions, got " + shape_text(weight));
+  const RouterShape shape = {router_kind(kind),
+                             checked_int(weight.shape(0), "experts"),
+                             checked_int(weight.shape(1), "hidden_size"),
+                             groups,
+                             top_groups,
+                             k,
+                             normalise,
+                             scale};
+  const float* data = read<float>(weight, "weight", {shape.num_experts, shape.hidden_size});
+  return keep({weight}, Router(std::move(engine), shape, data, floats_of(bias, "bias")));
+}
+
+void route(Over<Router>& self, const py::array& x, py::array ids, py::array weights) {
+  const RouterShape& shape = self.value.shape();
+  const int rows = step_rows(x);
+  const float* data = read<float>(x, "x", {rows, shape.hidden_size});
+  int64_t* id = write<int64_t>(ids, "ids", {rows, shape.k});
+  float* weight = write<float>(weights, "weights", {rows, shape.k});
+  py::gil_scoped_release release;
+  self.value.forward(data, rows, id, weight);
+}
+
+std::vector<py::object> together(Linears kept, std::initializer_list<py::object> more) {
+  kept.insert(kept.end(), more);
+  return kept;
+}
+
+std::unique_ptr<Over<DenseStep>> make_dense(std::shared_ptr<Engine> engine, const NormArgs& norm,
+                                            const Linears& gate_up, py::object down) {
+  GatedMlp mlp(engine, pair_of(gate_up), linear_of(down));
+  return keep(together(gate_up, {down}), DenseStep(engine, norm_of(norm), std::move(mlp)));
+}
+
+std::unique_ptr<Over<MoeStep>> make_moe(std::shared_ptr<Engine> engine, const NormArgs& norm, py::object router,
+                                        py::object experts, const Linears& shared_gate_up, py::object shared_down,
+                                        const std::optional<py::array>& shared_gate) {
+  std::unique_ptr<GatedMlp> shared;
+  if (!shared_down.is_none()) {
+    shared = std::make_unique<GatedMlp>(engine, pair_of(shared_gate_up), linear_of(shared_down));
+  }
+  MoeStep step(engine, norm_of(norm), &router.cast<Over<Router>&>().value, &experts.cast<LayerOverBlobs&>().layer,
+               std::move(shared), floats_of(shared_gate, "shared_gate"));
+  return keep(together(shared_gate_up, {router, experts, shared_down}), std::move(step));
+}
+
+template <typename Step>
+void forward_mlp(Over<Step>& self, py::array hidden) {
+  const int rows = step_rows(hidden);
+  float* data = write<float>(hidden, "hidden", {rows, self.value.hidden_size()});
+  py::gil_scoped_release release;
+  self.value.forward(data, rows);
+}
+
+std::unique_ptr<Over<LatentStep>> make_latent(std::shared_ptr<Engine> engine, int rope, float softmax_scale,
+                                              const NormArgs& norm, const Linears& inputs,
+                                              const std::optional<NormArgs>& q_norm, py::object q_b,
+                                              const NormArgs& kv_norm, const py::array& up_key,
+                                              const py::array& up_value, py::object out) {
+  if (up_key.ndim() != 3 || up_value.ndim() != 3) fail("up_key and up_value must have 3 dimensions");
+  const LatentShape shape = {checked_int(up_key.shape(0), "heads"), checked_int(up_key.shape(1), "nope"),
+                             checked_int(rope, "rope"), checked_int(up_value.shape(1), "value"),
+                             checked_int(up_key.shape(2), "latent")};
+  const LatentWeights weights = {read<uint16_t>(up_key, "up_key", {shape.heads, shape.nope, shape.latent}),
+                                 read<uint16_t>(up_value, "up_value", {shape.heads, shape.value, shape.latent})};
+  std::unique_ptr<Norm> query_norm = q_norm ? std::make_unique<Norm>(norm_of(*q_norm)) : nullptr;
+  PackedLinear* second = q_b.is_none() ? nullptr : linear_of(q_b);
+  LatentStep step(engine, shape, softmax_scale, weights, norm_of(norm), pair_of(inputs), std::move(query_norm), second,
+                  norm_of(kv_norm), linear_of(out));
+  return keep(together(inputs, {q_b, out, up_key, up_value}), std::move(step));
+}
+
+void forward_latent(Over<LatentStep>& self, py::array hidden, const py::array& rotations, py::array cache,
+                    py::ssize_t start) {
+  const LatentShape& shape = self.value.shape();
+  const int rows = step_rows(hidden);
+  float* data = write<float>(hidden, "hidden", {rows, self.value.hidden_size()});
+  const float* rotation = read<float>(rotations, "rotations", {rows, shape.rope});
+  if (cache.ndim() != 2) fail("cache must have 2 dimensions, got " + shape_text(cache));
+  uint16_t* context = write<uint16_t>(cache, "cache", {cache.shape(0), shape.cached()});
+  if (start < 0 || start + rows > cache.shape(0)) {
+    fail("tokens " + std::to_string(start) + " to " + std::to_string(start + rows) + " do not fit a cache of " +
+         std::to_string(cache.shape(0)));
+  }
+  if (cache.shape(0) > (1 << 24)) fail("cache has too many rows: " + std::to_string(cache.shape(0)));
+  py::gil_scoped_release release;
+  self.value.forward(data, rows, rotation, context, static_cast<int>(start));
+}
+
+}  // namespace
+
+void bind_steps(py::module_& m) {
+  m.attr("MAX_STEP_ROWS") = kMaxStepRows;
+  py::class_<Over<Router>>(m, "Router")
+      .def(py::init(&make_router), py::arg("engine"), py::arg("kind"), py::arg("groups"), py::arg("top_groups"),
+           py::arg("k"), py::arg("normalise"), py::arg("scale"), py::arg("weight"), py::arg("bias") = py::none())
+      .def("forward", &route, py::arg("x"), py::arg("ids"), py::arg("weights"));
+  py::class_<Over<DenseStep>>(m, "DenseStep")
+      .def(py::init(&make_dense), py::arg("engine"), py::arg("norm"), py::arg("gate_up"), py::arg("down"))
+      .def("forward", &forward_mlp<DenseStep>, py::arg("hidden"));
+  py::class_<Over<MoeStep>>(m, "MoeStep")
+      .def(py::init(&make_moe), py::arg("engine"), py::arg("norm"), py::arg("router"), py::arg("experts"),
+           py::arg("shared_gate_up"), py::arg("shared_down") = py::none(), py::arg("shared_gate") = py::none())
+      .def("forward", &forward_mlp<MoeStep>, py::arg("hidden"));
+  py::class_<Over<LatentStep>>(m, "LatentStep")
+      .def(py::init(&make_latent), py::arg("engine"), py::arg("rope"), py::arg("softmax_scale"), py::arg("norm"),
+           py::arg("inputs"), py::arg("q_norm"), py::arg("q_b"), py::arg("kv_norm"), py::arg("up_key"),
+           py::arg("up_value"), py::arg("out"))
+      .def("forward", &forward_latent, py::arg("hidden"), py::arg("rotations"), py::arg("cache"), py::arg("start"));
+}
+
+}  // namespace kt
