@@ -1,10 +1,12 @@
 """Shards through Ray give what a plain loop gives. Skipped without Ray; its absence has its own test."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kttools.cli import main
 from kttools.profiling.data_spec import parse_spec
 from kttools.profiling.ray_adapter import run_shards
 from kttools_runtime.errors import UsageError
@@ -35,3 +37,19 @@ def test_a_shards_own_error_comes_back_as_it_is() -> None:
     pytest.importorskip("ray", reason="Ray is not installed (extra: ray)")
     with pytest.raises(UsageError, match="names no file"):
         list(run_shards(parse_spec, ["x=jsonl:"]))
+
+
+def test_collecting_on_ray_gives_the_same_shards(
+    nano_bundle: Path, samples_dir: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (extra: ray)")
+    data = [f"--data={d}=jsonl:{samples_dir}/text/{d}.jsonl#text" for d in ("python", "prose")]
+    fixed = ["profile-experts", "collect", str(nano_bundle), *data, "--tokens=1000", "-t1", "--quiet", "-o"]
+    assert main([*fixed, str(tmp_path / "here")]) == 0
+    assert main([*fixed, str(tmp_path / "there"), "--ray=local", "--workers=2"]) == 0
+    here, there = (
+        {path.name: path.read_bytes() for path in (tmp_path / where / "shards").iterdir()}
+        for where in ("here", "there")
+    )
+    assert len(here) == 2
+    assert here == there
