@@ -7,6 +7,7 @@ another model of it.
 from typing import Any
 
 from kttools_runtime.config import ModelConfig
+from kttools_runtime.config_checks import MAX_DIMENSION
 
 from .config_reader import REQUIRED, ConfigReader
 from .rope_keys import Rope
@@ -82,6 +83,8 @@ def gqa_arguments(reader: ConfigReader, rope: Rope) -> dict[str, Any]:
         if heads < 1 or hidden_size % heads:
             reader.wrong("num_attention_heads", f"a divisor of hidden_size {hidden_size}", heads)
         head_dim = hidden_size // heads
+    if not 1 <= head_dim <= MAX_DIMENSION:
+        reader.wrong("head_dim", f"an integer in 1..{MAX_DIMENSION}", head_dim)
     rotary_dim = int(head_dim * rope.partial_rotary_factor)
     return {
         "attention": "gqa",

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kttools.cli import main
 from kttools.families import canonical_tensors, detect
@@ -190,6 +192,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (QWEN3, {"num_key_value_heads": 5}, "num_key_value_heads must be a divisor of num_attention_heads 32"),
     (QWEN3, {"head_dim": ..., "num_attention_heads": 30}, "num_attention_heads must be a divisor of hidden"),
     (QWEN3, {"head_dim": 127}, "qk_rope_head_dim must be an even number, got 127"),
+    (QWEN3, {"head_dim": 10**400}, "head_dim must be an integer in 1..2147483647, got 1000"),
+    (QWEN3, {"head_dim": 0}, "head_dim must be an integer in 1..2147483647, got 0"),
     (QWEN3, {"head_dim": "128"}, "head_dim must be an integer or null"),
     (QWEN3, {"num_local_experts": 64}, "num_local_experts must be 128 as num_experts, got 64"),
     (QWEN3, {"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1, got 0"),
@@ -258,3 +262,35 @@ def test_a_refusal_is_one_line_and_exit_code_3(
     assert captured.out == ""
     assert captured.err.strip().count("\n") == 0
     assert f"{tmp_path / 'config.json'}: hidden_act 'gelu' is not supported" in captured.err
+
+
+JSON_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 200),
+    st.sampled_from([10**400, -(10**400), 2**31, 2**63, 1e308, -1.0, 0.0, 0.5, [], [1], ["x"], {}, "yarn"]),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=4),
+)
+ROPE_NAMES = ("type", "rope_type", "factor", "partial_rotary_factor", "original_max_position_embeddings")
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    name=st.sampled_from(sorted(RELEASED)),
+    changes=st.dictionaries(st.integers(0, 60), JSON_VALUES, min_size=1, max_size=4),
+    rope=st.dictionaries(st.sampled_from(ROPE_NAMES), JSON_VALUES, max_size=4),
+)
+def test_hostile_values_are_read_or_refused(name: str, changes: dict[int, Any], rope: dict[str, Any]) -> None:
+    """Any JSON under any key gives a config or InvalidInputError, never another exception."""
+    values = copy.deepcopy(RELEASED[name][0])
+    keys = sorted(set(values) - {"architectures", "model_type"} | {"head_dim", "layer_types", "n_group"})
+    for index, value in changes.items():
+        values[keys[index % len(keys)]] = value
+    if rope:
+        values["rope_scaling"] = rope
+    try:
+        model, _ = detect(values).read_config(values, {}, "config.json")
+    except InvalidInputError:
+        return
+    assert ModelConfig.from_dict(model.to_dict()) == model
