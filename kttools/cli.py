@@ -36,6 +36,8 @@ COMMANDS: dict[str, Entry] = {
     "bench": Entry("kttools.commands.bench:command", "Measure the expert engine or a whole model."),
     "doctor": Entry("kttools.commands.doctor:command", "Show what this machine can run, and what slows it."),
     "convert": Entry("kttools.commands.convert:command", "Write a checkpoint or a bundle as GGUF."),
+    "diff": Entry("kttools.commands.diff:command", "Compare two models tensor by tensor."),
+    "eval": Entry("kttools.commands.eval:command", "Measure perplexity, and the distance from a reference."),
     "completion": Entry("kttools.commands.completion:command", "Print the shell completion script."),
 }
 

@@ -13,6 +13,7 @@ NAMES = {
     torch.float16: "F16",
     torch.float32: "F32",
     torch.int8: "I8",
+    torch.int32: "I32",
     torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3",
 }
