@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from kttools.families import detect
 from kttools_runtime.rope import Rope, inverse_frequencies, pair_order, rotate_
 from tests.compare import assert_close
+from tests.family_oracle import LINEAR, LLAMA3
+from tests.family_oracle import hf_model as family_model
 from tests.oracle import BASE, CONFIGS, YARN, canonical_config, hf_model
 
 
@@ -56,3 +59,23 @@ def test_pair_order() -> None:
     assert pair_order(canonical_config(hf_model(BASE).config)) is None
     halves = canonical_config(hf_model(CONFIGS["halves_rope"]).config)
     assert pair_order(halves) == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        LINEAR,
+        LLAMA3,
+        {**LLAMA3, "low_freq_factor": 0.5, "high_freq_factor": 2.0, "factor": 32.0},
+        {**LLAMA3, "original_max_position_embeddings": 8192},
+        {**YARN, "mscale": 0.707, "mscale_all_dim": 1.3},
+    ],
+)
+def test_grouped_query_models_against_transformers(rope: dict[str, object]) -> None:
+    hf = family_model("qwen3_moe", "base", rope_parameters=rope, head_dim=32)
+    values = hf.config.to_dict() | {"architectures": ["Qwen3MoeForCausalLM"]}
+    config, _ = detect(values).read_config(values, {}, "config.json")
+    theirs = hf.model.rotary_emb
+    assert_close(inverse_frequencies(config), theirs.inv_freq, 1e-6)
+    assert config.rope_cos_sin_scale == pytest.approx(theirs.attention_scaling)
+    assert config.softmax_scale == pytest.approx(hf.model.layers[0].self_attn.scaling, rel=1e-12)
