@@ -1,5 +1,6 @@
 """bundle.json as hostile input: one attack per rule, and every single byte flip."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 
 from kttools_runtime import strict_json
 from kttools_runtime.config import ModelConfig
+from kttools_runtime.config_checks import has_default
 from kttools_runtime.errors import CorruptFileError, InvalidInputError
 from kttools_runtime.manifest import (
     FORMAT,
@@ -282,7 +284,10 @@ def test_a_bundle_reached_through_a_link_is_fine(tmp_path: Path) -> None:
 
 def test_the_document_lists_the_keys(repo: Path) -> None:
     text = (repo / "runtime/kttools_runtime/BUNDLE.md").read_text()
-    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(KEYS)
+    tables = text.split("### Keys of `model` with a default")
+    listed, defaulted = (set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) for table in tables)
+    assert listed == set(KEYS)
+    assert defaulted == {f.name for f in dataclasses.fields(ModelConfig) if has_default(f)}
     assert f'`"{FORMAT}"`' in text
     assert f"over {MAX_MANIFEST_BYTES // 10**6} MB" in text
     assert f"version {VERSION}\n" in text
