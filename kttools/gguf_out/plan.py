@@ -128,8 +128,14 @@ def _job(tensor: TensorSource, model: ModelConfig, architecture: Architecture, t
     out = OutTensor(name, _kind(type_name, tensor.role, tensor.shape), tensor.shape)
     if transform is Transform.NONE:
         return Job(tensor, (out,))
+    if transform is Transform.ONE_ROW:
+        return Job(tensor, (OutTensor(name, BY_NAME["F32"], tensor.shape[1:]),), _flat)
     heads = model.num_attention_heads if transform is Transform.QUERY_HALVES else model.num_key_value_heads
     return Job(tensor, (out,), _Interleave(heads))
+
+
+def _flat(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (rows.reshape(1, -1),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,24 @@ class Whole:
 
 
 @dataclass(frozen=True, slots=True)
+class OneRow:
+    """A vector that the hub has as a matrix of one row."""
+
+    tensor: GgufTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 1, self.tensor.shape[-1]
+
+    @property
+    def parts(self) -> tuple[GgufTensor, ...]:
+        return (self.tensor,)
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        return read_matrix(self.tensor, begin, end)
+
+
+@dataclass(frozen=True, slots=True)
 class Interleaved:
     """Rows of each head with the two halves of the rotary pairs as neighbours; the hub has them apart."""
 

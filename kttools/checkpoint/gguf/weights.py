@@ -12,7 +12,7 @@ from .architectures import Architecture, Transform
 from .header import GgufTensor
 from .splits import GgufFiles
 from .types import GgmlType
-from .views import Interleaved, JoinedKvB, View, Whole, read_bytes
+from .views import Interleaved, JoinedKvB, OneRow, View, Whole, read_bytes
 
 KEY_PART, VALUE_PART, JOINT = "attn_k_b.weight", "attn_v_b.weight", "attn_kv_b.weight"
 KV_B_HUB = "model.layers.{layer}.self_attn.kv_b_proj.weight"
@@ -106,6 +106,9 @@ class GgufWeights:
         heads = {Transform.QUERY_HALVES: self._heads, Transform.KEY_HALVES: self._key_heads}.get(transform)
         if transform is Transform.NONE:
             self._views[name] = Whole(tensor)
+            return
+        if transform is Transform.ONE_ROW and tensor.shape in ((tensor.shape[-1],), (1, tensor.shape[-1])):
+            self._views[name] = OneRow(tensor)
             return
         if not heads or heads < 1 or tensor.shape[0] % (2 * heads):
             got = f"{list(tensor.shape)} and {heads} heads"

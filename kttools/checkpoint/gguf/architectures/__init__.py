@@ -3,12 +3,18 @@
 from kttools.checkpoint.gguf.metadata import Metadata
 from kttools_runtime.errors import UnsupportedModelError
 
-from . import deepseek2
+from . import deepseek2, glm4moe, llama, qwen2moe, qwen3moe
 from .base import Architecture, Transform
 
 __all__ = ["ARCHITECTURES", "Architecture", "Transform", "architecture_of"]
 
-ARCHITECTURES: tuple[Architecture, ...] = (deepseek2.ARCHITECTURE,)
+ARCHITECTURES: tuple[Architecture, ...] = (
+    deepseek2.ARCHITECTURE,
+    qwen3moe.ARCHITECTURE,
+    qwen2moe.ARCHITECTURE,
+    glm4moe.ARCHITECTURE,
+    llama.ARCHITECTURE,
+)
 KEY = "general.architecture"
 
 

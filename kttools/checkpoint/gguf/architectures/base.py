@@ -25,15 +25,20 @@ class Transform(Enum):
     # Rotary pairs (0, d/2), (1, d/2 + 1) ... of each head, laid out as neighbours for llama.cpp.
     QUERY_HALVES = "rows of each query head, two halves interleaved"
     KEY_HALVES = "rows of each key head, two halves interleaved"
+    ONE_ROW = "a vector that the hub has as a matrix of one row"
 
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """One tensor's name in both worlds, with `{layer}` where it has one."""
+    """One tensor's name in both worlds, with `{layer}` where it has one.
+
+    canonical: its name in a bundle, where the hub's is another.
+    """
 
     gguf: str
     hub: str
     transform: Transform = Transform.NONE
+    canonical: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +78,11 @@ class Architecture:
                 return name.hub.format(layer=layer), name.transform
         return None
 
-    def gguf_name(self, hub_name: str) -> tuple[str, Transform] | None:
-        """The GGUF name of a hub tensor; None when the table does not know it."""
-        pattern, layer = _split(hub_name)
+    def gguf_name(self, canonical_name: str) -> tuple[str, Transform] | None:
+        """The GGUF name of a bundle's tensor; None when the table does not know it."""
+        pattern, layer = _split(canonical_name)
         for name in self.names:
-            if name.hub == pattern:
+            if (name.canonical or name.hub) == pattern:
                 return name.gguf.format(layer=layer), name.transform
         return None
 
@@ -143,6 +148,21 @@ ROUTED_NAMES = layer_names(
     ("ffn_gate_exps.weight", "mlp.experts.gate_proj"),
     ("ffn_up_exps.weight", "mlp.experts.up_proj"),
     ("ffn_down_exps.weight", "mlp.experts.down_proj"),
+)
+SHARED_NAMES = layer_names(
+    ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias"),
+    ("ffn_gate_shexp.weight", "mlp.shared_experts.gate_proj.weight"),
+    ("ffn_up_shexp.weight", "mlp.shared_experts.up_proj.weight"),
+    ("ffn_down_shexp.weight", "mlp.shared_experts.down_proj.weight"),
+)
+# Multi-token prediction: named, so that the family can leave it out by name.
+PREDICTION_NAMES = layer_names(
+    ("nextn.eh_proj.weight", "eh_proj.weight"),
+    ("nextn.enorm.weight", "enorm.weight"),
+    ("nextn.hnorm.weight", "hnorm.weight"),
+    ("nextn.embed_tokens.weight", "embed_tokens.weight"),
+    ("nextn.shared_head_head.weight", "shared_head.head.weight"),
+    ("nextn.shared_head_norm.weight", "shared_head.norm.weight"),
 )
 COMMON_KEYS = (
     Key("num_hidden_layers", "block_count"),

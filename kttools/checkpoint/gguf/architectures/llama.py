@@ -1,0 +1,51 @@
+"""llama with experts: Mixtral. Rows of query and key heads are interleaved; the chosen weights normalised."""
+
+from typing import Any
+
+from kttools.checkpoint.gguf.header import GgufTensor
+from kttools.checkpoint.gguf.metadata import Metadata
+from kttools_runtime.config import ModelConfig
+from kttools_runtime.errors import UnsupportedModelError
+
+from . import gqa
+from .base import BLOCK_NAMES, MODEL_NAMES, ROUTED_NAMES, Architecture, Name, Transform
+
+NAME = "llama"
+PREFIX = "model.layers.{layer}.self_attn."
+NAMES = (
+    *MODEL_NAMES,
+    *BLOCK_NAMES,
+    *ROUTED_NAMES,
+    Name("blk.{layer}.attn_q.weight", PREFIX + "q_proj.weight", Transform.QUERY_HALVES),
+    Name("blk.{layer}.attn_k.weight", PREFIX + "k_proj.weight", Transform.KEY_HALVES),
+    Name("blk.{layer}.attn_v.weight", PREFIX + "v_proj.weight"),
+)
+
+
+def finish(metadata: Metadata, tensors: dict[str, GgufTensor], config: dict[str, Any]) -> list[str]:
+    """Everything of config.json that is not one key of the file."""
+    if f"{NAME}.expert_count" not in metadata:
+        raise UnsupportedModelError(f"{metadata.where}: a {NAME} model without experts is not supported")
+    rotated = gqa.finish_attention(metadata, NAME, config)
+    gqa.must_rotate_whole_heads(metadata, NAME, rotated, config)
+    config |= {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": metadata.integer(f"{NAME}.expert_count"),
+    }
+    return []
+
+
+def describe(model: ModelConfig) -> gqa.Described:
+    gqa.all_layers_moe(model)
+    keys: gqa.Described = {"feed_forward_length": model.moe_intermediate_size}
+    return gqa.describe_attention(model) | keys
+
+
+def holds(model: ModelConfig) -> bool:
+    is_router = model.router == "softmax_groups" and model.norm_topk_prob and model.n_group == 1
+    is_attention = gqa.is_plain(model) and not model.qk_norm and not model.attention_bias
+    return is_router and is_attention and model.n_shared_experts == 0 and model.qk_nope_head_dim == 0
+
+
+ARCHITECTURE = Architecture(NAME, gqa.KEYS, NAMES, finish, describe, holds)
