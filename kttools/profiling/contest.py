@@ -45,7 +45,7 @@ def contest(judge: Judge, mean: float, allocator: Allocator, allocation: Allocat
     label, policies, measured = baselines.ser(mean)
     add("ser", label, policies, measured, True)
     add("top-p", "top-p, renormalised", *baselines.top_p(mean), True)
-    add("naee", "NAEE at every rank", *baselines.naee(mean), True)
+    add("naee", *baselines.naee(mean), True)
     return Contest(found, {"adaptive": _calibration(made, before, found[3])})
 
 

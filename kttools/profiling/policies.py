@@ -104,26 +104,30 @@ class Baselines:
         """The fewest experts with a share p of the weight, renormalised."""
         return self.matched(lambda t: self._rule("top_p", "weight", 1.0 - t, 1, True), mean)
 
-    def naee(self, mean: float) -> tuple[Policies, Measured]:
+    def naee(self, mean: float) -> tuple[str, Policies, Measured]:
         """NAEE (arXiv 2402.14800), its rule for the second expert applied at every rank: stop where w_r falls
-        below beta_r w_1, beta_r a quantile of that ratio; the quantile is set by the mean."""
+        below beta_r w_1. beta_r is a quantile of that ratio, as in the paper, or the same at every rank; the
+        mean sets it, and the better of the two stands here."""
         ratios = {}
         for index, seen in self.choices.items():
             weights = seen.weights.sort(dim=1, descending=True).values
-            ratios[index] = weights / weights[:, :1]
+            ratios[index] = (weights / weights[:, :1])[:: max(1, len(weights) // 100_000)]
 
-        def build(q: float) -> Policies:
-            return {
-                i: LayerPolicy(
-                    kind="naee",
-                    ratios=torch.quantile(r[:: max(1, len(r) // 100_000)], min(q, 1.0), dim=0),
-                    k_max=self.native,
-                    renormalize=True,
-                )
-                for i, r in ratios.items()
-            }
+        def quantiles(q: float) -> Policies:
+            return self._naee({i: torch.quantile(r, q, dim=0) for i, r in ratios.items()})
 
-        return self.matched(build, mean)
+        def constant(beta: float) -> Policies:
+            return self._naee({i: torch.full((self.native,), beta) for i in ratios})
+
+        rules = {"a beta per rank": quantiles, "one beta": constant}
+        tried = [(f"NAEE, {name}", *self.matched(rule, mean)) for name, rule in rules.items()]
+        return min(tried, key=lambda row: row[2].kl_mean)
+
+    def _naee(self, ratios: dict[int, Tensor]) -> Policies:
+        return {
+            i: LayerPolicy(kind="naee", ratios=row, k_max=self.native, renormalize=True)
+            for i, row in ratios.items()
+        }
 
     def matched(
         self, build: Callable[[float], Policies], mean: float, judge: Judge | None = None
