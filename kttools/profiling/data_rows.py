@@ -1,7 +1,9 @@
 """Rows of local files and hub data sets through the `datasets` library, streamed, and where they are from."""
 
 import glob
+import lzma
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from kttools_runtime.errors import DownloadError, InvalidInputError
 from .data_spec import LOCAL_KINDS, DataSpec
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".lz4")
+# What the library and what it reads with raise for broken files.
+BROKEN = (ValueError, TypeError, KeyError, OSError, ImportError, EOFError, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,10 @@ def _rows(spec: DataSpec, where: str, name: str, dataset: Any) -> Iterator[Row]:
 def _open_file(spec: DataSpec, path: Path) -> Any:
     import datasets
 
+    # It logs what it raises as well; one line is enough.
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     _check_text(path, spec)
+    _check_parquet(path, spec)
     builder, _ = LOCAL_KINDS[spec.kind]
     options = {"sample_by": "document"} if spec.kind == "text" else {}
     # Absolute and escaped, because the library resolves and globs the name again.
@@ -119,6 +126,16 @@ def _check_text(path: Path, spec: DataSpec) -> None:
         raise InvalidInputError(f"{path}: cannot be read: {error.strerror}") from error
     if number == 0:
         raise InvalidInputError(f"{path}: the file is empty")
+
+
+def _check_parquet(path: Path, spec: DataSpec) -> None:
+    """A table without rows makes the library ask Arrow for batches of none."""
+    if spec.kind != "parquet":
+        return
+    from pyarrow import parquet
+
+    if _translated(str(path), lambda: parquet.read_metadata(path)).num_rows == 0:
+        raise InvalidInputError(f"{path}: no rows in it")
 
 
 def _open_hub(spec: DataSpec) -> tuple[Any, str | None]:
@@ -165,7 +182,7 @@ def _translated(where: str, call: Callable[[], Any]) -> Any:
     """call(), with what the library raises for broken files as InvalidInputError."""
     try:
         return call()
-    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
+    except BROKEN as error:
         raise InvalidInputError(f"{where}: cannot be read: {_cause(error)}") from error
 
 

@@ -1,5 +1,6 @@
 """Data specs, documents, provenance, and one clear error for each kind of bad data."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -185,6 +186,63 @@ def test_damaged_binary_files(kind: str, tmp_path: Path, tokenizer: Tokenizer) -
     path.write_bytes(b"PAR1 but no more than that")
     with pytest.raises(InvalidInputError, match="cannot be read"):
         list(documents(f"{kind}:{path}", tokenizer))
+
+
+def undecodable(kind: str, path: Path) -> Path:
+    """A string column that is not UTF-8, as a careless writer leaves it."""
+    offsets = pa.array([0, 3, 7], pa.int32()).buffers()[1]
+    column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"ok ca\xff\xfe")])
+    table = pa.table({"text": column})
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize(("kind", "write"), [("parquet", write_parquet), ("arrow", write_arrow)])
+def test_bad_rows_of_binary_files(
+    kind: str, write: Callable[..., Path], tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    path = tmp_path / f"bad.{kind}"
+    for rows, message in (
+        ([{"body": "x y"}], "row 0 has no field 'text', only body"),
+        ([{"text": "x y"}, {"text": " "}], "row 1 is empty in field 'text'; remove it"),
+        ([{"text": "x y"}, {"text": None}], "row 1 has no field 'text'"),
+        ([{"text": b"x y"}], "field 'text' is bytes, expected text"),
+        ([{"text": 3.5}], "field 'text' is float, expected text"),
+    ):
+        write(path, rows)
+        check_one_line(f"{kind}:{path}", str(path), message, tokenizer)
+    undecodable(kind, path)
+    check_one_line(f"{kind}:{path}", str(path), "cannot be read", tokenizer)
+    empty = pa.table({"text": pa.array([], pa.string())})
+    if kind == "parquet":
+        pq.write_table(empty, path)
+        check_one_line(f"{kind}:{path}", str(path), "no rows in it", tokenizer)
+
+
+def check_one_line(spec: str, start: str, message: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        list(documents(spec, tokenizer))
+    assert str(caught.value).startswith(start)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9 au lait", b""], ids=["not UTF-8", "empty"])
+def test_bad_text_files(content: bytes, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    check_one_line(f"text:{path}", str(path), "not UTF-8 in line 1 at byte 3|is empty", tokenizer)
+
+
+def test_compressed_text_is_checked_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    good, bad = tmp_path / "good.jsonl.gz", tmp_path / "bad.jsonl.gz"
+    good.write_bytes(gzip.compress(b'{"text": "x y"}\n'))
+    assert len(list(documents(f"jsonl:{good}", tokenizer))) == 1
+    bad.write_bytes(gzip.compress(b'{"text": "x y"}\n')[:-9])
+    check_one_line(f"jsonl:{bad}", str(bad), "cannot be read", tokenizer)
 
 
 @pytest.fixture

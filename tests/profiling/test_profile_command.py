@@ -137,6 +137,18 @@ def test_mistakes_and_their_exit_codes(
     assert not (tmp_path / "out" / "shards").exists()
 
 
+def test_a_hub_data_set_that_is_not_here_exits_with_7(
+    nano_bundle: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert run("collect", nano_bundle, "--data=hf:org/none", "-o", tmp_path / "out", "-t1", "--quiet") == 7
+    error = capsys.readouterr().err
+    assert "offline (HF_HUB_OFFLINE), and not in the cache" in error
+    assert len(error.strip().splitlines()) == 1
+
+
 def test_options_come_from_the_config_file(
     nano_bundle: Path, data: list[str], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
