@@ -36,6 +36,7 @@ KL = 1e-10
 CACHE_TOL = 1e-5
 # Random routers send tokens elsewhere at the smallest change: twice what was measured (another seed: 1.0).
 QUANTIZED_KL = {"int8": 0.015, "int4": 0.13}
+DEFAULT_DTYPE_KL = 0.005
 PATHS = [*FIRST_CASES, ("qwen3_moe", "window"), ("qwen2_moe", "window"), ("glm4_moe", "yarn")]
 
 
@@ -119,6 +120,18 @@ def test_quantized(tmp_path: Path, family: str, case: str) -> None:
         model = kt.load(bundle, threads=1)
         assert_same_distribution(model.logits(tokens), reference, bound)
         assert len(list(model.generate(tokens[:9].tolist(), 4, stop_ids=()))) == 4
+
+
+@pytest.mark.parametrize(("family", "case"), [*FIRST_CASES, ("qwen3_moe", "window")])
+def test_decode_in_the_default_dtype(tmp_path: Path, family: str, case: str) -> None:
+    """Inputs and cache in bf16, the layers' native halves where there are: a few tokens route elsewhere."""
+    hf = hf_model(family, case)
+    model = kt.load(quantize(save(hf, tmp_path / "hf"), tmp_path / "bundle"), threads=1)
+    tokens = tokens_for(hf)
+    cache = model.new_cache(len(tokens))
+    rows = [model.prefill(tokens[:1], cache)]
+    rows += [model.decode(int(token), cache) for token in tokens[1:]]
+    assert_same_distribution(torch.stack(rows), hf_logits(hf, tokens), DEFAULT_DTYPE_KL)
 
 
 PLANTED = [
