@@ -11,6 +11,7 @@ from kttools.gguf_out.writer import write
 from kttools_runtime.errors import UnsupportedModelError
 from tests.family_oracle import hf_model, save
 
+NO_TOKENIZER = "a bundle made of it can compute but not read or write text"
 SAYABLE = [
     ("deepseek_v2", "lite"),
     ("deepseek_v2", "yarn"),
@@ -33,6 +34,7 @@ def test_there_and_back(tmp_path: Path, family: str, case: str) -> None:
     again = open_model(tmp_path / "x.gguf")
     assert again.family == source.family
     assert again.config == source.config
+    assert again.notices == [f"{tmp_path / 'x.gguf'}: no tokenizer.json; " + NO_TOKENIZER]
     result = compare(source, again)
     assert result.missing == []
     assert result.worst_relative_rms == 0.0

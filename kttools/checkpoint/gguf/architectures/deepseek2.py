@@ -76,7 +76,8 @@ def finish(metadata: Metadata, tensors: dict[str, GgufTensor], config: dict[str,
     key_length = metadata.integer(f"{NAME}.attention.key_length{suffix}")
     config["qk_nope_head_dim"] = key_length - config["qk_rope_head_dim"]
     config["v_head_dim"] = metadata.integer(f"{NAME}.attention.value_length{suffix}")
-    config["rope_interleave"] = True
+    if config["model_type"] == "deepseek_v3":  # V2's config has no such key: its pairs always lie together
+        config["rope_interleave"] = True
     rope = _rope_scaling(metadata)
     if rope is not None:
         config["rope_scaling"] = rope
