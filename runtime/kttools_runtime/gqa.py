@@ -5,6 +5,8 @@ than one block times its context; torch's flash attention keeps the scores of a 
 is one row of scores per query head over the cache as it lies.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,6 +21,9 @@ from .rope import pair_order, rotate_
 # takes 32 MB in bf16. 1024 queries on 4096 tokens, 32 heads on 4 of 128 (Xeon with AMX, one thread, torch
 # 2.13): 424 ms in blocks of 128, 280 of 256, 256 of 512, 266 as one.
 QUERY_BLOCK_TOKENS = 512
+# Keys and values that torch's bf16 kernel lays out anew for every query head, in bytes: 32 heads on 4 take
+# 537 MB at 32k tokens, one key head and its 8 take 134.
+HEAD_BLOCK_BYTES = 128 << 20
 
 
 class GroupedQueryAttention:
@@ -106,18 +111,29 @@ class GroupedQueryAttention:
         block = num_tokens if is_whole else QUERY_BLOCK_TOKENS
         for begin in range(0, num_tokens, block):
             end = min(begin + block, num_tokens)
-            seen = slice(self._first_seen(start + begin), start + end)
-            mask = None if is_whole else self._mask(start + begin, start + end, seen.start)
-            attended = functional.scaled_dot_product_attention(
-                grouped[:, :, begin:end],
-                keys[:, :, seen],
-                values[:, :, seen],
-                attn_mask=mask,
-                is_causal=is_whole,
-                scale=self.config.softmax_scale,
-            )
-            out[begin:end] = attended.permute(2, 0, 1, 3)
+            first = self._first_seen(start + begin)
+            seen = slice(first, start + end)
+            mask = None if is_whole else self._mask(start + begin, start + end, first)
+            for groups in self._group_blocks(start + end - first):
+                attended = functional.scaled_dot_product_attention(
+                    grouped[groups, :, begin:end],
+                    keys[groups, :, seen],
+                    values[groups, :, seen],
+                    attn_mask=mask,
+                    is_causal=is_whole,
+                    scale=self.config.softmax_scale,
+                )
+                out[begin:end, groups] = attended.permute(2, 0, 1, 3)
         return out.view(num_tokens, -1)
+
+    def _group_blocks(self, context: int) -> Iterator[slice]:
+        """Key heads at a time, such that torch's copies of their keys and values stay in bounds."""
+        config = self.config
+        group_bytes = 2 * config.num_attention_heads // config.num_key_value_heads * config.qk_head_dim
+        group_bytes *= context * self.dtype.itemsize
+        block = max(1, HEAD_BLOCK_BYTES // group_bytes)
+        for first in range(0, config.num_key_value_heads, block):
+            yield slice(first, first + block)
 
     def _first_seen(self, position: int) -> int:
         return 0 if self.window is None else max(0, position + 1 - self.window)

@@ -185,8 +185,9 @@ def _normalise(_module: Any, _inputs: Any, output: Any) -> Any:
 
 
 def test_queries_of_several_blocks(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill on cached context, and within a window, goes through blocks of queries; here of 5."""
+    """Prefill on cached context, and within a window, goes through blocks; here of 5 queries, 1 key head."""
     monkeypatch.setattr("kttools_runtime.gqa.QUERY_BLOCK_TOKENS", 5)
+    monkeypatch.setattr("kttools_runtime.gqa.HEAD_BLOCK_BYTES", 1)
     for case in ("base", "window"):
         hf, model = models("qwen3_moe", case)
         tokens = tokens_for(hf)
