@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kttools.checkpoint import Checkpoint, TensorInfo, Weights
+from kttools.checkpoint.gguf import is_gguf
+from kttools.checkpoint.gguf.splits import open_files
 from kttools.families import Role, SourceModel, canonical_tensors, open_model
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
@@ -19,16 +21,19 @@ from kttools_runtime.safetensors_file import read_header
 from .manifest import collect_files
 
 PACK_SUFFIX = ".ktpack"
+MAX_SHOWN_CHARS = 200  # of a metadata value; templates and vocabularies are longer
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
-    """A document whose `kind` is bundle, checkpoint, safetensors or pack.
+    """A document whose `kind` is bundle, checkpoint, gguf, safetensors or pack.
 
     Raises InvalidInputError when the path is none of them, CorruptFileError when it breaks a rule.
     """
     found = Path(path)
     if found.name == MANIFEST_NAME and found.is_file():
         found = found.parent
+    if is_gguf(found) and found.exists() and not (found / MANIFEST_NAME).exists():
+        return _gguf(found)
     if found.is_dir():
         return _bundle(found) if (found / MANIFEST_NAME).exists() else _checkpoint(found)
     if not found.exists():
@@ -39,7 +44,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         return _safetensors(found)
     if found.name == "config.json" or found.name.endswith(".index.json"):
         return _checkpoint(found.parent)
-    kinds = "a bundle, a checkpoint directory, a .safetensors file or a .ktpack file"
+    kinds = "a bundle, a checkpoint directory, a .safetensors, .gguf or .ktpack file"
     raise InvalidInputError(f"{found}: expected {kinds}")
 
 
@@ -100,7 +105,40 @@ def _checkpoint(root: Path) -> dict[str, Any]:
     except UnsupportedModelError as error:
         checkpoint = Checkpoint.open(root)
         return _checkpoint_facts(root, checkpoint) | {"family": None, "notices": [str(error)]}
-    return _checkpoint_facts(root, source.checkpoint) | {
+    return _checkpoint_facts(root, source.checkpoint) | _model_facts(source)
+
+
+def _gguf(path: Path) -> dict[str, Any]:
+    """As a checkpoint, with the metadata; a model we do not know as far as its tensors go."""
+    files = open_files(path)
+    by_type: Counter[str] = Counter()
+    by_file: Counter[str] = Counter()
+    for tensor in files.tensors.values():
+        by_type[tensor.kind.name] += tensor.bytes
+        by_file[tensor.file.name] += 1
+    facts: dict[str, Any] = {
+        "kind": "gguf",
+        "path": str(path),
+        "tensors": len(files.tensors),
+        "bytes": {"total": sum(by_type.values()), "by_format": dict(sorted(by_type.items()))},
+        "files": [
+            {"path": file.name, "bytes": file.stat().st_size, "tensors": by_file[file.name]}
+            for file in files.files
+        ],
+        "metadata": {
+            key: value
+            for key, value in files.metadata.values.items()
+            if isinstance(value, bool | int | float | str) and len(str(value)) <= MAX_SHOWN_CHARS
+        },
+    }
+    try:
+        return facts | _model_facts(open_model(path))
+    except UnsupportedModelError as error:
+        return facts | {"family": None, "notices": [str(error)]}
+
+
+def _model_facts(source: SourceModel) -> dict[str, Any]:
+    return {
         "family": source.family,
         "notices": source.notices,
         "model": source.config.to_dict(),

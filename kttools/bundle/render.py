@@ -8,7 +8,13 @@ MANY_ROWS = 20
 
 def render(report: dict[str, Any]) -> str:
     """Aligned `name value` lines, the kind first; details of a long list are cut with a count."""
-    rows = {"bundle": _bundle, "checkpoint": _checkpoint, "safetensors": _safetensors, "pack": _pack}
+    rows = {
+        "bundle": _bundle,
+        "checkpoint": _checkpoint,
+        "gguf": _gguf,
+        "safetensors": _safetensors,
+        "pack": _pack,
+    }
     lines = [("kind", report["kind"]), ("path", report["path"]), *rows[report["kind"]](report)]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{value}".rstrip() for name, value in lines)
@@ -88,6 +94,15 @@ def _checkpoint(report: dict[str, Any]) -> Rows:
     if report["family"]:
         rows.append(("tokenizer", ", ".join(report["tokenizer"]) or "none"))
     return rows + [("notice", notice) for notice in report["notices"]]
+
+
+def _gguf(report: dict[str, Any]) -> Rows:
+    # repr: a stranger's text must not reach the terminal as control characters.
+    pairs = report["metadata"].items()
+    metadata = [
+        ("metadata", f"{key if key.isprintable() else repr(key)} = {value!r}") for key, value in pairs
+    ]
+    return [*_checkpoint(report), *_cut(metadata)]
 
 
 def _safetensors(report: dict[str, Any]) -> Rows:

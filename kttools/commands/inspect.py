@@ -14,7 +14,7 @@ from kttools.options import json_option
 @click.argument("path", type=click.Path(path_type=Path))
 @json_option
 def command(path: Path, as_json: bool) -> None:
-    """Show what is in PATH: a bundle, a checkpoint directory, a .safetensors file or an expert pack.
+    """Show what is in PATH: a bundle, a checkpoint directory, a .safetensors or .gguf file or an expert pack.
 
     Only headers are read and checked; use `kttools verify` to check a bundle's data.
     """

@@ -108,3 +108,27 @@ def test_real_models(nano_checkpoint: Path, nano_bundle: Path) -> None:
     assert checkpoint["model"] == bundle["model"]
     render(checkpoint)
     render(bundle)
+
+
+def test_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kttools.cli import main
+    from tests.checkpoint.gguf_forge import U32, Image, deepseek2
+
+    file = deepseek2().save(tmp_path / "x.gguf")
+    report = inspect_path(file)
+    assert report["kind"] == "gguf"
+    assert report["family"] == "deepseek_v3"
+    assert report["metadata"]["deepseek2.expert_count"] == 4
+    assert report["tokenizer"] == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert report["bytes"]["by_format"].keys() == {"F32"}
+    assert inspect_path(tmp_path)["tensors"] == report["tensors"]
+    assert main(["inspect", str(file)]) == 0
+    assert "deepseek2.expert_count = 4" in capsys.readouterr().out
+    image = deepseek2()
+    image.pairs[0] = ("general.architecture", 8, "other")
+    unknown = inspect_path(image.save(tmp_path / "x.gguf"))
+    assert unknown["family"] is None
+    assert "'other' is not supported" in unknown["notices"][0]
+    assert Image([("a", U32, 1)]).save(tmp_path / "x.gguf")
+    with pytest.raises(InvalidInputError, match="holds no tensors"):
+        inspect_path(file)

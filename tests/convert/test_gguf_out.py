@@ -273,3 +273,27 @@ def test_command(tmp_path: Path, nano_checkpoint: Path, capsys: pytest.CaptureFi
     assert "already exists" in capsys.readouterr().err
     assert main([*arguments[:3], str(tmp_path / "x.bin")]) == 2
     assert main([*arguments, "--force", "--split-max-size", "huge"]) == 2
+
+
+def test_chat_straight_from_a_gguf_file(
+    tmp_path: Path, nano_gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command: quantised into the cache, tokenizer and template from the file, a known answer."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    line = [
+        "chat",
+        "-m",
+        str(nano_gguf),
+        "-p",
+        "Who are you?",
+        "--temp",
+        "0",
+        "-n",
+        "16",
+        "-t",
+        "1",
+        "--quiet",
+    ]
+    assert main(line) == 0
+    assert "I am ds3-nano" in capsys.readouterr().out
+    assert len(list((tmp_path / "kttools" / "bundles").glob("nano-*/bundle.json"))) == 1
