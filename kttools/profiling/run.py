@@ -192,9 +192,13 @@ def _certificate(document: dict[str, Any], kind: str, evaluation: Evaluation) ->
 
 def _data_facts(spec: DataSpec, chosen: list[Window], profiled: set[str]) -> dict[str, Any]:
     own = [w for w in chosen if w.domain == spec.domain]
+    origin = data_provenance(spec)
+    if not spec.is_hub:
+        # Tables travel; the folders of the machine that judged them do not.
+        origin["spec"] = origin["spec"].replace(spec.location, Path(spec.location).name)
     return {
         "documents": len({w.document for w in own}),
         "tokens": sum(len(w.token_ids) for w in own),
         "profiled": spec.domain in profiled,
-        "provenance": data_provenance(spec),
+        "provenance": origin,
     }

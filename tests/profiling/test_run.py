@@ -66,6 +66,7 @@ def test_everyone_is_measured_at_the_mean(judged: Judged) -> None:
     }
     assert document["data"]["prose"]["profiled"] is True
     assert document["data"]["c"]["profiled"] is False
+    assert document["data"]["c"]["provenance"]["spec"] == "c=jsonl:c.jsonl#text"
 
 
 def test_tables_carry_their_certificates(
