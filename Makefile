@@ -2,6 +2,7 @@
 #   make demo     install, quantize the sample model, ask it one question
 #   make test     install and run all tests
 #   make lint     ruff, mypy, clang-format
+#   make fuzz     the parsers' fuzzers, a quarter of a minute each
 #   make sanitize  the kernel tests with AddressSanitizer and UBSan
 #   make bench    measure the expert engine against this machine's own ceilings
 #   make docs     rewrite the generated pages of docs/
@@ -25,7 +26,7 @@ endif
 NATIVE := $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/isa/*.cpp csrc/isa/*.h)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/isa/*.cpp csrc/isa/*.h tests/csrc/*.cpp)
 
-.PHONY: install dev demo test lint sanitize bench docs clean distclean
+.PHONY: install dev demo test lint fuzz sanitize bench docs clean distclean
 
 install: $(VENV)/.installed
 dev: $(VENV)/.dev
@@ -62,6 +63,10 @@ lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+fuzz: dev
+	for target in gguf safetensors index config; do \
+	$(BIN)/python -m tests.fuzz.fuzz $$target --seconds 15 --save build/fuzz || exit 1; done
 
 # A second build in build/asan; the sanitizer's runtime must be in the process before Python's own allocations.
 sanitize: dev

@@ -10,6 +10,8 @@ import gguf
 import numpy as np
 import torch
 
+from kttools_runtime.errors import InvalidInputError
+
 
 @dataclass(frozen=True, slots=True)
 class GgmlType:
@@ -38,6 +40,7 @@ TYPES: dict[int, GgmlType] = {
         GgmlType(16, "IQ2_XXS", 256, 66), GgmlType(17, "IQ2_XS", 256, 74), GgmlType(18, "IQ3_XXS", 256, 98),
         GgmlType(19, "IQ1_S", 256, 50), GgmlType(20, "IQ4_NL", 32, 18), GgmlType(21, "IQ3_S", 256, 110),
         GgmlType(22, "IQ2_S", 256, 82), GgmlType(23, "IQ4_XS", 256, 136), GgmlType(29, "IQ1_M", 256, 56),
+        GgmlType(40, "NVFP4", 64, 36),
         GgmlType(34, "TQ1_0", 256, 54), GgmlType(35, "TQ2_0", 256, 66), GgmlType(39, "MXFP4", 32, 17),
         GgmlType(24, "I8", 1, 1, None), GgmlType(25, "I16", 1, 2, None), GgmlType(26, "I32", 1, 4, None),
         GgmlType(27, "I64", 1, 8, None), GgmlType(28, "F64", 1, 8, None),
@@ -55,8 +58,14 @@ def decode(data: np.ndarray, kind: GgmlType, columns: int) -> torch.Tensor:
         return torch.from_numpy(rows).view(PLAIN[kind.name])
     if not len(rows):  # the package's reshapes cannot infer a dimension of nothing
         return torch.empty((0, columns), dtype=torch.float32)
+    try:
+        qtype = gguf.GGMLQuantizationType(kind.number)
+    except ValueError:
+        raise InvalidInputError(
+            f"type {kind.name} is newer than the installed gguf package; update it"
+        ) from None
     with np.errstate(all="ignore"):  # a scale may be anything; what is not finite is refused by its index
-        values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(kind.number))
+        values = gguf.quants.dequantize(rows, qtype)
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(-1, columns)
 
 
