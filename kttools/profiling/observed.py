@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .layerwise import Window
 
-# Measured on ds3-tiny, see docs/profiling.md.
+# Measured on ds3-tiny, see docs/recording.md.
 DEFAULT_EVERY = 8
 
 
