@@ -128,7 +128,7 @@ def deepseek2_pairs(**changes: Any) -> list[tuple[str, int, Any]]:
     }
     for key, new in changes.items():
         if new is ...:
-            del values[key]
+            values.pop(key, None)
         else:
             values[key] = new
     return [(key, kind, content) for key, (kind, content) in values.items()]

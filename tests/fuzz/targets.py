@@ -16,7 +16,7 @@ from kttools.checkpoint.gguf.views import read_rows
 from kttools.families import open_model
 from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.tokenizer import Tokenizer
-from tests.checkpoint import test_fp8, test_gguf_hostile
+from tests.checkpoint import test_fp8, test_gguf_hostile, test_gguf_sentencepiece
 from tests.checkpoint.gguf_forge import Image, Tensor, deepseek2
 from tests.forge import config, hub_tensors, save, save_sharded
 
@@ -35,6 +35,7 @@ class Target:
 def gguf_seeds(_: Path) -> list[bytes]:
     """Sound models of every layout, every type, and the hostile files of the tests."""
     sound = [deepseek2(layout).bytes() for layout in ("kv_b", "k_b + v_b", "both")]
+    sound.append(deepseek2(**test_gguf_sentencepiece.changes()).bytes())
     typed = [
         Image([], [Tensor("a", (256, 2), kind.number, bytes(2 * (kind.row_bytes(256) or 0)))]).bytes()
         for kind in TYPES.values()

@@ -69,6 +69,13 @@ class Metadata:
             self._wrong(key, "an array of integers", value.dtype)
         return value
 
+    def numbers(self, key: str, default: Any = ...) -> Any:
+        """A NumPy array of numbers, all of them finite."""
+        value = self._typed(key, default, (np.ndarray,), "an array of numbers")
+        if isinstance(value, np.ndarray) and (value.dtype.kind not in "iuf" or not np.isfinite(value).all()):
+            self._wrong(key, "an array of finite numbers", value.dtype)
+        return value
+
     def _typed(self, key: str, default: Any, types: tuple[type, ...], expected: str) -> Any:
         if key not in self.values:
             if default is ...:

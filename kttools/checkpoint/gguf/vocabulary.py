@@ -1,7 +1,8 @@
 """The tokenizer of a GGUF file as Hugging Face files (tokenizer.json and its companions).
 
-Byte-pair vocabularies on bytes ("gpt2") with the pre-tokenizers of the families we run. What a file leaves
-out (normalisation, where a special token may be cut) is taken as those families have it.
+Byte-pair vocabularies on bytes ("gpt2") with the pre-tokenizers of the families we run, and SentencePiece
+("llama"). What a file leaves out (normalisation, where a special token may be cut) is taken as those families
+have it.
 """
 
 import json
@@ -11,12 +12,13 @@ import numpy as np
 
 from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
 
+from . import sentencepiece
 from .metadata import Metadata
 from .pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 PREFIX = "tokenizer.ggml."
 TEMPLATE_KEY = "tokenizer.chat_template"
-UNUSED, CONTROL, USER_DEFINED = 5, 3, 4
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
 SPECIAL_IDS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -52,17 +54,16 @@ def end_ids(metadata: Metadata) -> list[int]:
 def tokenizer_files(metadata: Metadata) -> dict[str, bytes]:
     """Content by name. Raises InvalidInputError (inconsistent) or UnsupportedModelError (kind unknown)."""
     model = metadata.text(PREFIX + "model")
-    if model != "gpt2":
+    if model not in ("gpt2", "llama"):
         raise UnsupportedModelError(
-            f"{metadata.where}: {PREFIX}model {model!r:.40} is not supported, only gpt2 (byte-level BPE); "
-            "give the tokenizer's Hugging Face directory with --model_path"
+            f"{metadata.where}: {PREFIX}model {model!r:.40} is not supported, only gpt2 (byte-level BPE) and "
+            "llama (SentencePiece); give the tokenizer's Hugging Face directory with --model_path"
         )
-    kind = _pre_tokenizer(metadata)
-    add_bos = metadata.boolean(PREFIX + "add_bos_token", kind.adds_bos)
+    kind = _pre_tokenizer(metadata) if model == "gpt2" else None
+    add_bos = metadata.boolean(PREFIX + "add_bos_token", kind.adds_bos if kind else True)
+    bos = special_id(metadata, "bos_token_id") if add_bos else None
     documents = {
-        "tokenizer.json": _tokenizer(
-            metadata, kind, special_id(metadata, "bos_token_id") if add_bos else None
-        ),
+        "tokenizer.json": _tokenizer(metadata, kind, bos),
         "tokenizer_config.json": _tokenizer_config(metadata, add_bos),
         "generation_config.json": _generation_config(metadata),
     }
@@ -89,7 +90,8 @@ def _token_types(metadata: Metadata, count: int) -> np.ndarray:
     return np.asarray(types)
 
 
-def _tokenizer(metadata: Metadata, kind: PreTokenizer, bos: int | None) -> dict[str, Any]:
+def _tokenizer(metadata: Metadata, kind: PreTokenizer | None, bos: int | None) -> dict[str, Any]:
+    """kind: None for SentencePiece."""
     tokens = metadata.texts(PREFIX + "tokens")
     types = _token_types(metadata, len(tokens))
     vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
@@ -103,19 +105,32 @@ def _tokenizer(metadata: Metadata, kind: PreTokenizer, bos: int | None) -> dict[
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": bool(types[i] == CONTROL),
+            "special": bool(types[i] != USER_DEFINED),
         }
         for i, token in enumerate(tokens)
-        if types[i] in (CONTROL, USER_DEFINED)
+        if types[i] in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
+    shared = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+    if kind is None:
+        return shared | _sentencepiece(metadata, tokens, vocab) | {"post_processor": _template(tokens, bos)}
+    return shared | _byte_level(metadata, kind, vocab) | {"post_processor": _post_processor(tokens, bos)}
+
+
+def _sentencepiece(metadata: Metadata, tokens: list[str], vocab: dict[str, int]) -> dict[str, Any]:
+    scores = metadata.numbers(PREFIX + "scores")
+    if len(scores) != len(tokens):
+        raise InvalidInputError(
+            f"{metadata.where}: {PREFIX}scores has {len(scores)} of {len(tokens)} entries"
+        )
+    unknown = special_id(metadata, "unknown_token_id")
+    prefix = metadata.boolean(PREFIX + "add_space_prefix", True)
+    return sentencepiece.tokenizer_parts(tokens, vocab, scores, unknown, prefix)
+
+
+def _byte_level(metadata: Metadata, kind: PreTokenizer, vocab: dict[str, int]) -> dict[str, Any]:
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
         "normalizer": {"type": "NFC"} if kind.nfc else None,
         "pre_tokenizer": kind.to_json(),
-        "post_processor": _post_processor(tokens, bos),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -148,17 +163,21 @@ def _merges(metadata: Metadata, vocab: dict[str, int]) -> list[list[str]]:
 def _post_processor(tokens: list[str], bos: int | None) -> dict[str, Any]:
     """Byte offsets, and the beginning-of-sentence token before a plain text."""
     trim = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    template = _template(tokens, bos)
+    return trim if template is None else {"type": "Sequence", "processors": [trim, template]}
+
+
+def _template(tokens: list[str], bos: int | None) -> dict[str, Any] | None:
     if bos is None:
-        return trim
+        return None
     special = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    template = {
+    return {
         "type": "TemplateProcessing",
         "single": [special, first],
         "pair": [special, first, special, second],
         "special_tokens": {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}},
     }
-    return {"type": "Sequence", "processors": [trim, template]}
 
 
 def _tokenizer_config(metadata: Metadata, add_bos: bool) -> dict[str, Any]:
