@@ -1,6 +1,7 @@
 // What every layer of one model shares: the threads, the kernel table and the scratch memory.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -17,6 +18,31 @@ namespace kt {
 class UnitCounter {
  public:
   int take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+  void reset() { next_.store(0, std::memory_order_relaxed); }
+
+ private:
+  alignas(64) std::atomic<int> next_{0};
+};
+
+// Strips of one phase in runs of shrinking length: long ones share what they read, short ones at the end let all workers
+// finish together.
+class StripCounter {
+ public:
+  struct Run {
+    int begin, end;
+  };
+
+  // The next run of [0, total), empty when none is left. It has `least` to `most` strips, fewer where one of the pieces
+  // of `piece` strips ends.
+  Run take(int total, int piece, int workers, int least, int most) {
+    int begin = next_.load(std::memory_order_relaxed);
+    for (;;) {
+      if (begin >= total) return {total, total};
+      const int wanted = std::max(least, std::min(most, (total - begin) / (2 * workers)));
+      const int end = std::min(begin + wanted, begin - begin % piece + piece);
+      if (next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return {begin, end};
+    }
+  }
   void reset() { next_.store(0, std::memory_order_relaxed); }
 
  private:

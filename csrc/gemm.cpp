@@ -1,5 +1,7 @@
 #include "gemm.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -7,13 +9,17 @@
 namespace kt {
 namespace {
 
+constexpr size_t kHugePage = 2 << 20;
 // A block of activations must stay in L2 (2 MiB on Sapphire Rapids and later) beside two strips of weights and C.
 constexpr size_t kActivationsInL2 = 1 << 20;
-constexpr size_t kResultInL2 = 512 << 10;  // C of one unit of work
-// K block of the large-M path: 16 k-steps. A block 512 rows x 1 KiB = 512 KiB, strip block 32 KiB (L1), C in L2.
-constexpr int kBlockSteps = 16;
-// Share of the next strip that later passes over this one ask for (the rest comes with its own first pass).
-constexpr double kAheadShare = 0.375;
+constexpr size_t kResultInL2 = 1 << 20;  // C of one run of strips
+constexpr int kMostStrips = 16;
+// K blocks: the block of a strip stays in L1 (48 KiB) for all rows. 8 k-steps (16 KiB) with C of one strip beside it;
+// 16 (32 KiB) where C comes from L2 anyway and half as often is better.
+constexpr int kBlockSteps = 8, kWideBlockSteps = 16;
+// Up to so many row tiles the first pass over a block asks for its lines one k-step ahead; with more, all passes ask for
+// the next block, evenly.
+constexpr int kNearTiles = 4;
 
 bool is_int4(const Weights& weights) { return weights.shape.info->k_group != 0; }
 
@@ -50,41 +56,46 @@ const uint8_t* tile_weights(const KernelTable& kernels, const Weights& weights, 
   return scratch.expanded.bytes();
 }
 
-void whole_k(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
-             const Activations& a, const uint8_t* next, GemmScratch& scratch) {
-  const int steps = weights.shape.k_steps();
+// Strip by strip, each through all K blocks.
+void strip_by_strip(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
+                    const Activations& a, const uint8_t* next, GemmScratch& scratch) {
+  const Tiling& tiling = a.tiling;
+  const size_t step_bytes = static_cast<size_t>(tiling.padded_rows()) * kStepBytes;  // of A, all tiles
+  const size_t c_bytes = static_cast<size_t>(tiling.padded_rows()) * kStripCols * 4;
   TileArgs args = {};
-  args.a = a.data;
-  args.a_tile_stride = static_cast<size_t>(steps) * a.tiling.tile_rows * kStepBytes;
-  args.tiles = a.tiling.tiles;
-  args.tile_rows = a.tiling.tile_rows;
-  args.k_steps = steps;
-  const size_t c_bytes = static_cast<size_t>(a.tiling.padded_rows()) * kStripCols * 4;
-  args.from_memory = !is_int4(weights);  // int4 is expanded into L2 first
-  const int passes = (args.tiles + 1) / 2;
-  const int ahead_steps = passes > args.from_memory ? static_cast<int>(steps * kAheadShare) : 0;
+  args.tiles = tiling.tiles;
+  args.tile_rows = tiling.tile_rows;
+  args.from_memory = tiling.tiles <= kNearTiles && !is_int4(weights);
   for (int strip = begin; strip < end; ++strip) {
-    args.b = tile_weights(kernels, weights, strip, 0, steps, scratch);
     args.c = scratch.c.bytes() + (strip - begin) * c_bytes;
-    args.prefetch_b = strip + 1 < end ? weights.strip(strip + 1) : next;
-    args.prefetch_b_bytes = args.prefetch_b ? steps_offset(weights.shape, ahead_steps) : 0;
-    run_tiles(kernels, arithmetic, args);
-    args.prefetched_steps = args.prefetch_b ? ahead_steps : 0;
+    const uint8_t* next_strip = strip + 1 < end ? weights.strip(strip + 1) : next;
+    for (int step = 0; step < tiling.k_steps; step += tiling.block_steps) {
+      args.k_steps = std::min(tiling.block_steps, tiling.k_steps - step);
+      const int later = std::min(tiling.block_steps, tiling.k_steps - step - args.k_steps);
+      const size_t offset = steps_offset(weights.shape, step + args.k_steps);
+      args.prefetch_b = later ? weights.strip(strip) + offset : next_strip;
+      args.prefetch_b_bytes = later ? steps_offset(weights.shape, step + args.k_steps + later) - offset
+                                    : steps_offset(weights.shape, tiling.block_steps);
+      if (args.from_memory) args.prefetch_b_bytes = 0;
+      args.a = a.data + step * step_bytes;
+      args.b = tile_weights(kernels, weights, strip, step, args.k_steps, scratch);
+      args.accumulate = step > 0;
+      run_tiles(kernels, arithmetic, args);
+    }
   }
 }
 
 // M x K does not fit in L2: keep C of this range of strips there instead and walk K in blocks.
-void blocked_k(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
-               const Activations& a, GemmScratch& scratch) {
+void block_by_block(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
+                    const Activations& a, GemmScratch& scratch) {
   const Tiling& tiling = a.tiling;
-  const size_t step_bytes = static_cast<size_t>(tiling.padded_rows()) * kStepBytes;  // of A, all tiles
+  const size_t step_bytes = static_cast<size_t>(tiling.padded_rows()) * kStepBytes;
   const size_t c_bytes = static_cast<size_t>(tiling.padded_rows()) * kStripCols * 4;
   for (int step = 0; step < tiling.k_steps; step += tiling.block_steps) {
     const int now = std::min(tiling.block_steps, tiling.k_steps - step);
     const int later = std::min(tiling.block_steps, tiling.k_steps - step - now);
     TileArgs args = {};
     args.a = a.data + step * step_bytes;
-    args.a_tile_stride = static_cast<size_t>(now) * tiling.tile_rows * kStepBytes;
     args.tiles = tiling.tiles;
     args.tile_rows = tiling.tile_rows;
     args.k_steps = now;
@@ -115,7 +126,7 @@ void finish_rows(const StripSink& sink, int begin, int end, int rows, size_t c_b
     if (sink.prefetch && row + kRows < rows)
       sink.prefetch(sink, row + kRows, std::min(kRows, rows - row - kRows), begin, end);
     if (at_row.scale_a) at_row.scale_a += row;
-    if (at_row.weight) at_row.weight += row;
+    if (at_row.weight) at_row.weight += row, at_row.first += row;
     if (at_row.h) at_row.h += row * at_row.h_stride;
     if (at_row.token) {
       at_row.token += row;
@@ -137,41 +148,59 @@ void Buffer::reserve(size_t bytes) {
   std::free(data_);
   data_ = nullptr;
   bytes_ = 0;
-  const size_t wanted = round_up(bytes, 4096);
-  data_ = std::aligned_alloc(4096, wanted);
+  // Large buffers in huge pages where the system gives them: rows and tiles lie pages apart.
+  const size_t alignment = bytes >= kHugePage / 2 ? kHugePage : 4096;
+  const size_t wanted = round_up(bytes, alignment);
+  data_ = std::aligned_alloc(alignment, wanted);
   if (!data_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (alignment == kHugePage) madvise(data_, wanted, MADV_HUGEPAGE);
+#endif
   bytes_ = wanted;
 }
 
-Tiling::Tiling(int rows, int steps) : k_steps(steps), block_steps(steps) {
+Tiling::Tiling(int rows, int steps, bool expanded) : k_steps(steps), block_steps(steps) {
   tiles = static_cast<int>(round_up(rows, kTileRows) / kTileRows);
-  if (tiles > 1) tiles += tiles % 2;
   tile_rows = (rows + tiles - 1) / tiles;
-  if (bytes() > kActivationsInL2) block_steps = std::min(steps, kBlockSteps);
-}
-
-void Tiling::scatter(const uint8_t* row, int r, uint8_t* tiles_out) const {
-  const size_t step_bytes = static_cast<size_t>(tile_rows) * kStepBytes;
-  for (int step = 0; step < k_steps; step += block_steps) {
-    const int now = std::min(block_steps, k_steps - step);
-    uint8_t* out = tiles_out + static_cast<size_t>(step) * padded_rows() * kStepBytes +
-                   (r / tile_rows) * (now * step_bytes) + (r % tile_rows) * kStepBytes;
-    for (int i = 0; i < now; ++i, out += step_bytes) std::memcpy(out, row + (step + i) * kStepBytes, kStepBytes);
+  in_l2 = bytes() <= kActivationsInL2;
+  if (!in_l2) {
+    block_steps = std::min(steps, kWideBlockSteps);
+  } else if (tiles > 2 || expanded) {
+    block_steps = std::min(steps, tiles > 8 ? kWideBlockSteps : kBlockSteps);
   }
 }
 
-void reserve_gemm_scratch(GemmScratch& scratch, const StripShape& shape, int rows, int strips) {
-  const Tiling tiling(rows, shape.k_steps());
+void Tiling::scatter(const uint8_t* const* rows, int first, int count, uint8_t* tiles_out) const {
+  const int pair = first / (2 * tile_rows);
+  const int pair_rows = std::min(2 * tile_rows, padded_rows() - pair * 2 * tile_rows);  // the last may be a single tile
+  const int in_pair = first - pair * 2 * tile_rows;
+  const int together = std::min(count, pair_rows - in_pair);
+  if (together < count) scatter(rows + together, first + together, count - together, tiles_out);
+  for (int step = 0; step < k_steps; step += block_steps) {
+    const int now = std::min(block_steps, k_steps - step);
+    uint8_t* out = tiles_out + static_cast<size_t>(step) * padded_rows() * kStepBytes +
+                   (static_cast<size_t>(pair) * 2 * tile_rows * now + in_pair) * kStepBytes;
+    for (int i = step; i < step + now; ++i, out += static_cast<size_t>(pair_rows) * kStepBytes) {
+      for (int r = 0; r < together; ++r) std::memcpy(out + r * kStepBytes, rows[r] + i * kStepBytes, kStepBytes);
+    }
+  }
+}
+
+void reserve_gemm_scratch(GemmScratch& scratch, const StripShape& shape, int rows) {
+  const Tiling tiling(rows, shape.k_steps(), shape.info->k_group != 0);
   const size_t c_rows = std::max(rows, tiling.padded_rows());
-  scratch.c.reserve(strips * c_rows * kStripCols * 4);
+  // A smaller segment takes more strips at a time: room for the most, whatever the rows.
+  scratch.c.reserve(std::max(kResultInL2 + kMostStrips * kTileRows * kStripCols * 4, c_rows * kStripCols * 4));
   if (shape.info->k_group) scratch.expanded.reserve(static_cast<size_t>(shape.k_steps()) * kStripStepBytes);
 }
 
-int strips_per_unit(int strips, int threads, int rows) {
-  constexpr int kMost = 16, kUnitsPerThread = 4;
+int most_strips(int rows) {
   const int fits = static_cast<int>(kResultInL2 / (static_cast<size_t>(rows) * kStripCols * 4));
-  return std::max(1, std::min({kMost, fits, strips / (threads * kUnitsPerThread)}));
+  return std::max(1, std::min(kMostStrips, fits));
 }
+
+// Without all of the activations in L2 every run reads them again.
+int least_strips(const Tiling& tiling) { return tiling.in_l2 ? 1 : std::min(4, most_strips(tiling.padded_rows())); }
 
 void gemm_strips(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
                  const Activations& a, const uint8_t* next, GemmScratch& scratch, const StripSink& sink) {
@@ -183,10 +212,10 @@ void gemm_strips(const KernelTable& kernels, Arithmetic arithmetic, const Weight
     }
   } else {
     kernels.tile_configure(a.tiling.tile_rows);
-    if (a.tiling.blocked()) {
-      blocked_k(kernels, arithmetic, weights, begin, end, a, scratch);
+    if (a.tiling.in_l2) {
+      strip_by_strip(kernels, arithmetic, weights, begin, end, a, next, scratch);
     } else {
-      whole_k(kernels, arithmetic, weights, begin, end, a, next, scratch);
+      block_by_block(kernels, arithmetic, weights, begin, end, a, scratch);
     }
   }
   finish_rows(sink, begin, end, a.rows, c_bytes, scratch.c.bytes());

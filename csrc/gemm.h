@@ -43,21 +43,22 @@ enum class Arithmetic {
   kFloat,  // float x bf16 -> float: vector kernels only
 };
 
-// How `rows` rows are cut into tiles of equal height (an even number of tiles above 16 rows, so that every pair shares
-// its B tiles), and how many k-steps of them are kept in L2 at a time. Memory order: [K block][tile][k-step][row][64 B].
+// How `rows` rows are cut into tiles of equal height, and K into blocks. Two tiles share their B tiles; the last may be
+// alone. Memory order: [K block][pair of tiles][k-step][row of the pair][64 B].
 struct Tiling {
   int tiles;
   int tile_rows;
   int k_steps;
   int block_steps;
+  bool in_l2;  // all of K at once; else K blocks go by while C waits in L2
 
   Tiling() = default;
-  Tiling(int rows, int k_steps);
+  // expanded: the weights are unpacked (int4) before they are multiplied.
+  Tiling(int rows, int k_steps, bool expanded);
   int padded_rows() const { return tiles * tile_rows; }
-  bool blocked() const { return block_steps < k_steps; }
   size_t bytes() const { return static_cast<size_t>(padded_rows()) * k_steps * kStepBytes; }
-  // Copies row r, k_steps x 64 bytes, to its places.
-  void scatter(const uint8_t* row, int r, uint8_t* tiles_out) const;
+  // Copies rows [first, first + count), k_steps x 64 bytes each, to their places.
+  void scatter(const uint8_t* const* rows, int first, int count, uint8_t* tiles_out) const;
 };
 
 // The rows of one GEMM: row-major and zero-padded to whole k-steps, or cut into tiles.
@@ -78,11 +79,13 @@ struct Weights {
   const uint8_t* strip(int i) const { return strips + static_cast<size_t>(i) * shape.strip_bytes(); }
 };
 
+constexpr int kGatherRows = 16;  // rows that go into tiles together: their lines lie side by side there
+
 // Per-thread memory of the GEMM: the C block and an int4 strip expanded to int8.
 struct GemmScratch {
   Buffer c;
   Buffer expanded;
-  Buffer row;  // one converted row on its way into tiles
+  Buffer rows;  // kGatherRows converted rows on their way into tiles
 };
 
 // Does something with finished strips, some rows of one strip at a time. `rows` describes these rows at strip 0; finish sets
@@ -101,10 +104,11 @@ struct StripSink {
 void gemm_strips(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
                  const Activations& a, const uint8_t* next, GemmScratch& scratch, const StripSink& sink);
 
-// Makes scratch large enough for gemm_strips over at most `strips` strips at a time. rows: of the largest Activations.
-void reserve_gemm_scratch(GemmScratch& scratch, const StripShape& shape, int rows, int strips);
+// Makes scratch large enough for gemm_strips over most_strips() strips at a time. rows: of the largest Activations.
+void reserve_gemm_scratch(GemmScratch& scratch, const StripShape& shape, int rows);
 
-// Strips that one unit of work covers: enough for every thread to get several; at most 16, and C must stay in L2.
-int strips_per_unit(int strips, int threads, int rows);
+// The longest and shortest run of strips that one worker should take at a time, for so many rows.
+int most_strips(int rows);
+int least_strips(const Tiling& tiling);
 
 }  // namespace kt

@@ -41,19 +41,18 @@ struct VecArgs {
   bool accumulate;  // add to c instead of overwriting it
 };
 
-// Activations as tiles of equal height: tile i starts at a + i * a_tile_stride and holds k_steps x [tile_rows][64] bytes.
+// Activations as pairs of tiles of equal height (one tile alone if there is only one): pair i is
+// [k-step][rows of the pair][64 bytes], pairs follow each other. One K block of one strip.
 struct TileArgs {
   const uint8_t* a;
-  size_t a_tile_stride;
   int tiles;
   int tile_rows;
   const uint8_t* b;
   int k_steps;
   void* c;  // [tiles * tile_rows][32] int32 or float
   bool accumulate;
-  bool from_memory;  // b is not in L2 yet, but for its first prefetched_steps k-steps
-  int prefetched_steps;
-  const uint8_t* prefetch_b;  // memory wanted next (the start of the following strip), touched evenly; may be null
+  bool from_memory;           // b may be in no cache, and one pair of tiles does not leave the time to fetch ahead
+  const uint8_t* prefetch_b;  // weights wanted next, touched evenly; may be null
   size_t prefetch_b_bytes;
   const uint8_t* prefetch_a;  // the next K block of the activations: one run of prefetch_a_bytes
   size_t prefetch_a_bytes;
@@ -68,9 +67,11 @@ struct EpilogueArgs {
   // silu_mul: h[r][0..15] = silu(gate) * up
   float* h;
   size_t h_stride;  // floats
-  // add_weighted: y[token[r]][0..cols) += weight[r] * value;  store: out[r][0..cols) = value
+  // add_weighted: y[token[r]][0..cols) += weight[r] * value, where y counts as 0, unread, if first[r];
+  // store: out[r][0..cols) = value
   const int32_t* token;
   const float* weight;
+  const uint8_t* first;
   void* out;          // already at the strip's first column
   size_t out_stride;  // elements
   int cols;           // valid columns of this strip, 1..32

@@ -68,14 +68,13 @@ void PackedLinear::forward_rows(const Input& x, uint8_t* out, bool out_is_bf16) 
   const StripShape& shape = weights_.shape;
   const Arithmetic arithmetic = arithmetic_for(kernels, *shape.info, x.is_bf16, x.rows);
   const bool tiled = uses_tiles(kernels, arithmetic, x.rows);
-  const Tiling tiling(x.rows, shape.k_steps());
+  const Tiling tiling(x.rows, shape.k_steps(), shape.info->k_group != 0);
   StageNeeds needs;
   (arithmetic == Arithmetic::kInt8 ? needs.int8 : arithmetic == Arithmetic::kBf16 ? needs.bf16 : needs.f32) = true;
   reserve_stage(engine.stage, needs, x.rows, x.cols);
   if (tiled) engine.tiles.reserve(tiling.bytes());
   const int workers = engine.workers_for(shape.bytes(), x.rows);
-  const int unit = strips_per_unit(shape.strips(), workers, x.rows);
-  for (int w = 0; w < workers; ++w) reserve_gemm_scratch(engine.gemm_scratch(w), shape, x.rows, unit);
+  for (int w = 0; w < workers; ++w) reserve_gemm_scratch(engine.gemm_scratch(w), shape, x.rows);
   StripSink sink = {finish_store, nullptr, &kernels, arithmetic, {}, out_is_bf16};
   sink.args.rows = x.rows;
   sink.args.scale_a = weights_.scales ? engine.stage.scale.as<float>() : nullptr;
@@ -89,18 +88,27 @@ void PackedLinear::forward_rows(const Input& x, uint8_t* out, bool out_is_bf16) 
                          engine.stage.sum.as<int32_t>(),
                          tiled,
                          tiling};
-  UnitCounter rows, units;
+  UnitCounter rows;
+  StripCounter strips;
   Barrier barrier(workers);
+  const auto next_rows = [&] { return rows.take() * kGatherRows; };
+  const auto next_strips = [&] {
+    return strips.take(shape.strips(), shape.strips(), workers, least_strips(tiling), most_strips(x.rows));
+  };
   engine.pool().run(workers, [&](int worker) {
-    for (int r = rows.take(); r < x.rows; r = rows.take()) {
-      stage_row(kernels, x, r, needs, engine.stage, r);
-      if (tiled) tiling.scatter(staged_row(engine.stage, arithmetic, x.cols, r), r, engine.tiles.bytes());
+    const uint8_t* staged[kGatherRows];
+    for (int row = next_rows(); row < x.rows; row = next_rows()) {
+      const int stop = std::min(row + kGatherRows, x.rows);
+      for (int r = row; r < stop; ++r) {
+        stage_row(kernels, x, r, needs, engine.stage, r);
+        staged[r - row] = staged_row(engine.stage, arithmetic, x.cols, r);
+      }
+      if (tiled) tiling.scatter(staged, row, stop - row, engine.tiles.bytes());
     }
     barrier.wait();
-    for (int u = units.take(); u * unit < shape.strips(); u = units.take()) {
-      const int begin = u * unit, end = std::min(begin + unit, shape.strips());
-      gemm_strips(kernels, arithmetic, weights_, begin, end, a, end < shape.strips() ? weights_.strip(end) : nullptr,
-                  engine.gemm_scratch(worker), sink);
+    for (StripCounter::Run run = next_strips(); run.begin < run.end; run = next_strips()) {
+      gemm_strips(kernels, arithmetic, weights_, run.begin, run.end, a,
+                  run.end < shape.strips() ? weights_.strip(run.end) : nullptr, engine.gemm_scratch(worker), sink);
     }
     if (kernels.tile_release) kernels.tile_release();
   });

@@ -9,8 +9,8 @@ namespace kt {
 namespace {
 
 constexpr int kMaxTokens = 4096;  // tokens per pass: bounds scratch, and gives an expert of 64 about 512 rows at top-8
-constexpr int kMaxSegmentRows = 512;  // rows of one expert computed together (csrc/README.md, "Blocking")
-constexpr int kGroupRows = 512;       // rows between two barriers
+constexpr int kMaxSegmentRows = 640;  // rows of one expert computed together (csrc/README.md, "Blocking")
+constexpr int kGroupRows = 1280;      // rows between two barriers
 
 void finish_gate_up(const StripSink& sink, const EpilogueArgs& rows, int strip, EpilogueArgs& args) {
   args.h = rows.h + strip * kTileCols;
@@ -55,7 +55,8 @@ struct ExpertLayer::Segment {
 struct ExpertLayer::Plan {
   std::vector<int32_t> token;  // per plan row
   std::vector<float> weight;
-  std::vector<float> scale;  // of the staged int8 row; filled once rows are staged
+  std::vector<uint8_t> first;  // whether no earlier row is of the same token
+  std::vector<float> scale;    // of the staged int8 row; filled once rows are staged
   std::vector<int32_t> sum;
   std::vector<float> hidden_scale;
   std::vector<int32_t> hidden_sum;
@@ -75,7 +76,8 @@ struct ExpertLayer::Plan {
 // Plan entries of a row are written by one worker and read by others behind a barrier.
 struct GroupSync {
   Barrier barrier;
-  UnitCounter rows, gate_up, hidden, down;
+  UnitCounter rows, hidden;
+  StripCounter gate_up, down;
   int workers;
 };
 
@@ -121,15 +123,21 @@ ExpertLayer::Plan ExpertLayer::make_plan(const Input& x, const Routing& routing)
   const size_t rows = static_cast<size_t>(begin.back());
   plan.token.resize(rows);
   plan.weight.resize(rows);
+  plan.first.resize(rows);
   plan.scale.resize(rows);
   plan.sum.resize(rows);
   plan.segment_of_row.resize(rows);
   std::vector<int> at(begin.begin(), begin.end() - 1);
-  for (int64_t i = 0; i < pairs; ++i) {
-    if (routing.ids[i] < 0) continue;
-    const int row = at[routing.ids[i]]++;
-    plan.token[row] = static_cast<int32_t>(i / routing.k);
-    plan.weight[row] = routing.weights[i];
+  for (int t = 0; t < x.rows; ++t) {
+    int first = static_cast<int>(rows);
+    for (int64_t i = static_cast<int64_t>(t) * routing.k; i < static_cast<int64_t>(t + 1) * routing.k; ++i) {
+      if (routing.ids[i] < 0) continue;
+      const int row = at[routing.ids[i]]++;
+      plan.token[row] = t;
+      plan.weight[row] = routing.weights[i];
+      first = std::min(first, row);
+    }
+    if (first < static_cast<int>(rows)) plan.first[first] = 1;
   }
   int group_row = 0, group_rows = 0;
   size_t input_bytes = 0, hidden_bytes = 0;
@@ -159,8 +167,8 @@ ExpertLayer::Plan ExpertLayer::make_plan(const Input& x, const Routing& routing)
       s.arithmetic = arithmetic_for(kernels, info, x.is_bf16, s.rows);
       s.tiled = uses_tiles(kernels, s.arithmetic, s.rows);
       s.gathered = s.tiled || s.rows > 2;  // two rows are two tokens at some distance: a stride
-      s.gate_up_tiling = Tiling(s.rows, expert.gate_up.shape.k_steps());
-      s.down_tiling = Tiling(s.rows, expert.down.shape.k_steps());
+      s.gate_up_tiling = Tiling(s.rows, expert.gate_up.shape.k_steps(), info.k_group != 0);
+      s.down_tiling = Tiling(s.rows, expert.down.shape.k_steps(), info.k_group != 0);
       s.input_offset = input_bytes;
       s.hidden_offset = hidden_bytes;
       if (s.gathered) {
@@ -206,10 +214,10 @@ void ExpertLayer::forward_chunk(const Input& x, const Routing& routing, float* o
   engine.hidden.reserve(plan.hidden_rows * hidden_row_floats() * sizeof(float));
   engine.hidden_rows.reserve(plan.hidden_bytes);
   for (int w = 0; w < workers; ++w) {
-    engine.gemm_scratch(w).row.reserve(f32_stride(intermediate_));
+    engine.gemm_scratch(w).rows.reserve(kGatherRows * f32_stride(intermediate_));
     for (const Expert& expert : experts_) {
-      reserve_gemm_scratch(engine.gemm_scratch(w), expert.gate_up.shape, plan.largest_segment, 16);
-      reserve_gemm_scratch(engine.gemm_scratch(w), expert.down.shape, plan.largest_segment, 16);
+      reserve_gemm_scratch(engine.gemm_scratch(w), expert.gate_up.shape, plan.largest_segment);
+      reserve_gemm_scratch(engine.gemm_scratch(w), expert.down.shape, plan.largest_segment);
     }
   }
   GroupSync sync{Barrier(workers), {}, {}, {}, {}, workers};
@@ -219,8 +227,11 @@ void ExpertLayer::forward_chunk(const Input& x, const Routing& routing, float* o
     constexpr int kTokensPerUnit = 8;
     for (int t = tokens.take() * kTokensPerUnit; t < x.rows; t = tokens.take() * kTokensPerUnit) {
       for (int r = t; r < std::min(t + kTokensPerUnit, x.rows); ++r) {
-        std::memset(out + static_cast<size_t>(r) * hidden_size_, 0, sizeof(float) * hidden_size_);
-        if (plan.token_used[r]) stage_row(kernels, x, r, plan.needs, engine.stage, r);
+        if (plan.token_used[r]) {
+          stage_row(kernels, x, r, plan.needs, engine.stage, r);
+        } else {
+          std::memset(out + static_cast<size_t>(r) * hidden_size_, 0, sizeof(float) * hidden_size_);
+        }
       }
     }
     sync.barrier.wait();
@@ -234,33 +245,65 @@ void ExpertLayer::forward_chunk(const Input& x, const Routing& routing, float* o
   engine.pool().run(workers, task);
 }
 
+// Plan rows [begin, end) of a group from the stage to where their segments want them.
+void ExpertLayer::gather_rows(Plan& plan, int begin, int end) {
+  Engine& engine = *engine_;
+  const uint8_t* from[kGatherRows];
+  for (int row = begin; row < end;) {
+    const Segment& s = plan.segments[plan.segment_of_row[row]];
+    const int start = row, stop = std::min(end, s.row + s.rows);
+    for (; row < stop; ++row) {
+      const int token = plan.token[row];
+      if (s.arithmetic == Arithmetic::kInt8) {
+        plan.scale[row] = engine.stage.scale.as<float>()[token];
+        plan.sum[row] = engine.stage.sum.as<int32_t>()[token];
+      }
+      from[row - start] = staged_row(engine.stage, s.arithmetic, hidden_size_, token);
+    }
+    uint8_t* to = engine.tiles.bytes() + s.input_offset;
+    if (s.tiled) {
+      s.gate_up_tiling.scatter(from, start - s.row, stop - start, to);
+    } else if (s.gathered) {
+      const size_t stride = stage_stride(s.arithmetic, hidden_size_);
+      for (int r = start; r < stop; ++r) std::memcpy(to + (r - s.row) * stride, from[r - start], stride);
+    }
+  }
+}
+
+// Intermediate rows [begin, end), quantised as the down matrices of their segments want them. `group`: the group's first row.
+void ExpertLayer::convert_hidden(Plan& plan, int group, int begin, int end, GemmScratch& scratch) {
+  Engine& engine = *engine_;
+  const size_t hidden_stride = hidden_row_floats();
+  for (int row = begin; row < end;) {
+    const Segment& s = plan.segments[plan.segment_of_row[row]];
+    const size_t stride = stage_stride(s.arithmetic, intermediate_);
+    uint8_t* to = engine.hidden_rows.bytes() + s.hidden_offset;
+    const uint8_t* converted[kGatherRows];
+    const int start = row, stop = std::min(end, s.row + s.rows);
+    for (; row < stop; ++row) {
+      const int local = row - group;
+      float* h = engine.hidden.as<float>() + local * hidden_stride;
+      std::memset(h + intermediate_, 0, (hidden_stride - intermediate_) * sizeof(float));
+      if (s.arithmetic == Arithmetic::kFloat) continue;  // used as it is
+      uint8_t* out = s.tiled ? scratch.rows.bytes() + (row - start) * stride : to + (row - s.row) * stride;
+      convert_row(engine.kernels(), {h, false, 1, intermediate_}, 0, s.arithmetic, out, &plan.hidden_scale[local],
+                  &plan.hidden_sum[local]);
+      converted[row - start] = out;
+    }
+    if (s.tiled) s.down_tiling.scatter(converted, start - s.row, stop - start, to);
+  }
+}
+
 void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSync& sync, float* out) {
   Engine& engine = *engine_;
   const KernelTable& kernels = engine.kernels();
   GemmScratch& scratch = engine.gemm_scratch(worker);
   const int row_begin = plan.segments[first].row;
   const int row_end = plan.segments[last - 1].row + plan.segments[last - 1].rows;
-  constexpr int kRowsPerUnit = 4;
-
   // Rows of the group, out of the stage and together.
-  for (int u = sync.rows.take() * kRowsPerUnit; row_begin + u < row_end; u = sync.rows.take() * kRowsPerUnit) {
-    for (int row = row_begin + u; row < std::min(row_begin + u + kRowsPerUnit, row_end); ++row) {
-      const Segment& s = plan.segments[plan.segment_of_row[row]];
-      const int token = plan.token[row];
-      if (s.arithmetic == Arithmetic::kInt8) {
-        plan.scale[row] = engine.stage.scale.as<float>()[token];
-        plan.sum[row] = engine.stage.sum.as<int32_t>()[token];
-      }
-      if (!s.gathered) continue;
-      const uint8_t* from = staged_row(engine.stage, s.arithmetic, hidden_size_, token);
-      uint8_t* to = engine.tiles.bytes() + s.input_offset;
-      const size_t stride = stage_stride(s.arithmetic, hidden_size_);
-      if (s.tiled) {
-        s.gate_up_tiling.scatter(from, row - s.row, to);
-      } else {
-        std::memcpy(to + (row - s.row) * stride, from, stride);
-      }
-    }
+  const auto next_rows = [&](UnitCounter& counter) { return row_begin + counter.take() * kGatherRows; };
+  for (int row = next_rows(sync.rows); row < row_end; row = next_rows(sync.rows)) {
+    gather_rows(plan, row, std::min(row + kGatherRows, row_end));
   }
   sync.barrier.wait();
   if (worker == 0) sync.hidden.reset(), sync.down.reset();
@@ -270,11 +313,13 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
   int largest = 1;
   for (int i = first; i < last; ++i) largest = std::max(largest, plan.segments[i].rows);
   const int gate_up_strips = experts_[0].gate_up.shape.strips();
-  const int gate_up_unit = strips_per_unit(gate_up_strips * (last - first), sync.workers, largest);
-  const int units_per_segment = (gate_up_strips + gate_up_unit - 1) / gate_up_unit;
-  for (int u = sync.gate_up.take(); u < units_per_segment * (last - first); u = sync.gate_up.take()) {
-    const Segment& s = plan.segments[first + u / units_per_segment];
-    const int begin = u % units_per_segment * gate_up_unit, end = std::min(begin + gate_up_unit, gate_up_strips);
+  const auto next_gate_up = [&] {
+    return sync.gate_up.take(gate_up_strips * (last - first), gate_up_strips, sync.workers,
+                             least_strips(plan.segments[first].gate_up_tiling), most_strips(largest));
+  };
+  for (StripCounter::Run run = next_gate_up(); run.begin < run.end; run = next_gate_up()) {
+    const Segment& s = plan.segments[first + run.begin / gate_up_strips];
+    const int begin = run.begin % gate_up_strips, end = begin + run.end - run.begin;
     const Weights& weights = experts_[s.expert].gate_up;
     Activations a = {engine.tiles.bytes() + s.input_offset,
                      stage_stride(s.arithmetic, hidden_size_),
@@ -299,30 +344,20 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
   if (worker == 0) sync.gate_up.reset(), sync.rows.reset();
 
   // The intermediate rows, quantised like the input was.
-  for (int u = sync.hidden.take() * kRowsPerUnit; row_begin + u < row_end; u = sync.hidden.take() * kRowsPerUnit) {
-    for (int row = row_begin + u; row < std::min(row_begin + u + kRowsPerUnit, row_end); ++row) {
-      const Segment& s = plan.segments[plan.segment_of_row[row]];
-      const int local = row - row_begin;
-      float* h = engine.hidden.as<float>() + local * hidden_stride;
-      std::memset(h + intermediate_, 0, (hidden_stride - intermediate_) * sizeof(float));
-      const Input one = {h, false, 1, intermediate_};
-      if (s.arithmetic == Arithmetic::kFloat) continue;
-      const size_t stride = stage_stride(s.arithmetic, intermediate_);
-      uint8_t* to = engine.hidden_rows.bytes() + s.hidden_offset;
-      uint8_t* row_out = s.tiled ? scratch.row.bytes() : to + (row - s.row) * stride;
-      convert_row(kernels, one, 0, s.arithmetic, row_out, &plan.hidden_scale[local], &plan.hidden_sum[local]);
-      if (s.tiled) s.down_tiling.scatter(row_out, row - s.row, to);
-    }
+  for (int row = next_rows(sync.hidden); row < row_end; row = next_rows(sync.hidden)) {
+    convert_hidden(plan, row_begin, row, std::min(row + kGatherRows, row_end), scratch);
   }
   sync.barrier.wait();
 
   // Down: a worker owns a range of output columns for every expert of the group, in expert order, so that sums come
   // out the same however many workers there are.
   const int down_strips = experts_[0].down.shape.strips();
-  const int down_unit = strips_per_unit(down_strips, sync.workers, largest);
-  const int down_units = (down_strips + down_unit - 1) / down_unit;
-  for (int u = sync.down.take(); u < down_units; u = sync.down.take()) {
-    const int begin = u * down_unit, end = std::min(begin + down_unit, down_strips);
+  const auto next_down = [&] {
+    return sync.down.take(down_strips, down_strips, sync.workers, least_strips(plan.segments[first].down_tiling),
+                          most_strips(largest));
+  };
+  for (StripCounter::Run run = next_down(); run.begin < run.end; run = next_down()) {
+    const int begin = run.begin, end = run.end;
     for (int i = first; i < last; ++i) {
       const Segment& s = plan.segments[i];
       const Weights& weights = experts_[s.expert].down;
@@ -343,6 +378,7 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
       sink.args.scale_b = weights.scales;
       sink.args.token = plan.token.data() + s.row;
       sink.args.weight = plan.weight.data() + s.row;
+      sink.args.first = plan.first.data() + s.row;
       sink.args.out = out;
       sink.args.out_stride = static_cast<size_t>(hidden_size_);
       sink.args.cols = hidden_size_;

@@ -48,6 +48,8 @@ class ExpertLayer {
   void check_ids(const Routing& routing, int tokens) const;
   Plan make_plan(const Input& x, const Routing& routing) const;
   void forward_chunk(const Input& x, const Routing& routing, float* out);
+  void gather_rows(Plan& plan, int begin, int end);
+  void convert_hidden(Plan& plan, int group, int begin, int end, GemmScratch& scratch);
   void run_group(Plan& plan, int first, int last, int worker, struct GroupSync& sync, float* out);
 
   std::shared_ptr<Engine> engine_;

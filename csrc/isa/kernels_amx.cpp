@@ -54,23 +54,21 @@ void tile_release() {
   configured_rows = 0;
 }
 
-// Line fill buffers are the scarce thing (16 per core): a line from memory holds one for about 70 ns, a line from L2 for
-// about 6 ns, and dot products overlap with neither (csrc/README.md, "Memory"). So the first pass over a strip asks for
-// its lines one k-step ahead and straight into L1; later passes, which find the strip in L2, ask for the start of the
-// next strip, evenly paced, and the first pass over that one leaves those lines out.
-struct Ahead {
+// Lines asked for evenly: some with every k-step.
+template <int Hint>
+struct Paced {
   const char* at;
   const char* end;
-  int lines_per_step;
+  int per_step;
 
-  Ahead(const uint8_t* begin, size_t bytes, int steps)
-      : at(reinterpret_cast<const char*>(begin)), end(begin ? at + bytes : at) {
+  Paced(const void* begin, size_t bytes, int steps)
+      : at(static_cast<const char*>(begin)), end(begin ? at + bytes : at), per_step(0) {
     const int lines = static_cast<int>((end - at + 63) / 64);
-    lines_per_step = steps > 0 ? (lines + steps - 1) / steps : 0;
+    if (steps > 0) per_step = (lines + steps - 1) / steps;
   }
 
   inline void step() {
-    for (int i = 0; i < lines_per_step && at < end; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
+    for (int i = 0; i < per_step && at < end; ++i, at += 64) _mm_prefetch(at, static_cast<_mm_hint>(Hint));
   }
 };
 
@@ -111,40 +109,44 @@ inline void load_c(bool accumulate, const char* c0, const char* c1, size_t strid
   if (c1) _tile_loadd(3, c1 + 64, stride);
 }
 
-// Two row tiles x two column tiles over all k-steps; with_a1 false: one row tile.
+// Two row tiles (one without WithA1) x two column tiles over all k-steps. Activations are loaded past L1 (the stream hint),
+// which is left to the weights: every pass uses them again.
 template <typename Type, bool WithA1, bool Near>
-inline void tile_pass(const TileArgs& args, const uint8_t* a0, char* c0, Ahead& ahead_a, Ahead& ahead_b) {
+inline void tile_pass(const TileArgs& args, const uint8_t* a, char* c, Paced<_MM_HINT_T1>& ahead_b,
+                      Paced<_MM_HINT_T1>& ahead_a) {
   const size_t c_stride = kStripCols * 4;
-  const size_t a_step = static_cast<size_t>(args.tile_rows) * kStepBytes;
-  const uint8_t* a1 = a0 + args.a_tile_stride;
-  char* c1 = WithA1 ? c0 + args.tile_rows * c_stride : nullptr;
-  load_c(args.accumulate, c0, c1, c_stride);
+  const size_t tile_bytes = static_cast<size_t>(args.tile_rows) * kStepBytes;
+  const size_t c_bytes = (WithA1 ? 2 : 1) * args.tile_rows * c_stride;
+  char* c1 = WithA1 ? c + args.tile_rows * c_stride : nullptr;
+  load_c(args.accumulate, c, c1, c_stride);
+  Paced<_MM_HINT_T0> next_c(c + c_bytes, args.accumulate && !Near ? c_bytes : 0, args.k_steps);
   const uint8_t* b = args.b;
-  const int near_from = args.prefetched_steps - 1;
   for (int step = 0; step < args.k_steps; ++step) {
-    const bool near = Near && step >= near_from;
     _tile_loadd(6, b, 64);
-    if (near) near_lines<0>(b);
-    _tile_loadd(4, a0, 64);
+    if (Near) near_lines<0>(b);
+    _tile_stream_loadd(4, a, 64);
     KT_DOT(0, 4, 6)
-    if (near) near_lines<1>(b);
+    if (Near) near_lines<1>(b);
     _tile_loadd(7, b + kTileBytes, 64);
     KT_DOT(1, 4, 7)
-    if (near) near_lines<2>(b);
+    if (Near) near_lines<2>(b);
     if constexpr (WithA1) {
-      _tile_loadd(5, a1, 64);
+      a += tile_bytes;
+      _tile_stream_loadd(5, a, 64);
       KT_DOT(2, 5, 6)
       KT_DOT(3, 5, 7)
     }
-    if (near) near_lines<3>(b);
-    if (!Near) ahead_b.step();
-    ahead_a.step();
-    a0 += a_step;
-    a1 += a_step;
+    if (Near) near_lines<3>(b);
+    if (!Near) {
+      ahead_b.step();
+      ahead_a.step();
+      next_c.step();
+    }
+    a += tile_bytes;
     b += kStripStepBytes;
   }
-  _tile_stored(0, c0, c_stride);
-  _tile_stored(1, c0 + 64, c_stride);
+  _tile_stored(0, c, c_stride);
+  _tile_stored(1, c + 64, c_stride);
   if constexpr (WithA1) {
     _tile_stored(2, c1, c_stride);
     _tile_stored(3, c1 + 64, c_stride);
@@ -153,22 +155,23 @@ inline void tile_pass(const TileArgs& args, const uint8_t* a0, char* c0, Ahead& 
 
 template <typename Type>
 inline void tile_gemm(const TileArgs& args) {
-  const int pairs = args.tiles / 2;
-  const int passes = pairs + args.tiles % 2;
-  Ahead ahead_b(args.prefetch_b, args.prefetch_b_bytes, (passes - args.from_memory) * args.k_steps);
-  Ahead ahead_a(args.prefetch_a, args.prefetch_a_bytes, passes * args.k_steps);
+  const int steps = (args.tiles + 1) / 2 * args.k_steps;
+  Paced<_MM_HINT_T1> ahead_b(args.prefetch_b, args.prefetch_b_bytes, steps);
+  Paced<_MM_HINT_T1> ahead_a(args.prefetch_a, args.prefetch_a_bytes, steps);
+  const size_t pair_rows = 2 * static_cast<size_t>(args.tile_rows);
   const uint8_t* a = args.a;
   char* c = static_cast<char*>(args.c);
-  const size_t c_tile_bytes = static_cast<size_t>(args.tile_rows) * kStripCols * 4;
-  for (int pass = 0; pass < passes; ++pass, a += 2 * args.a_tile_stride, c += 2 * c_tile_bytes) {
-    const bool near = args.from_memory && pass == 0;
-    if (pass == pairs) {
-      near ? tile_pass<Type, false, true>(args, a, c, ahead_a, ahead_b)
-           : tile_pass<Type, false, false>(args, a, c, ahead_a, ahead_b);
+  for (int tile = 0; tile < args.tiles; tile += 2) {
+    const bool near = args.from_memory && tile == 0;
+    if (tile + 1 < args.tiles) {
+      near ? tile_pass<Type, true, true>(args, a, c, ahead_b, ahead_a)
+           : tile_pass<Type, true, false>(args, a, c, ahead_b, ahead_a);
     } else {
-      near ? tile_pass<Type, true, true>(args, a, c, ahead_a, ahead_b)
-           : tile_pass<Type, true, false>(args, a, c, ahead_a, ahead_b);
+      near ? tile_pass<Type, false, true>(args, a, c, ahead_b, ahead_a)
+           : tile_pass<Type, false, false>(args, a, c, ahead_b, ahead_a);
     }
+    a += pair_rows * kStepBytes * args.k_steps;
+    c += pair_rows * kStripCols * 4;
   }
 }
 

@@ -290,7 +290,8 @@ void add_weighted(const EpilogueArgs& e) {
       // multiply, then add: the same two roundings as the scalar kernel
       const __m256i mask = lane_mask(e.cols - half * 8);
       const __m256 part = _mm256_mul_ps(weight, value8<T>(e, r, half));
-      _mm256_maskstore_ps(y + half * 8, mask, _mm256_add_ps(_mm256_maskload_ps(y + half * 8, mask), part));
+      const __m256 before = e.first[r] ? _mm256_setzero_ps() : _mm256_maskload_ps(y + half * 8, mask);
+      _mm256_maskstore_ps(y + half * 8, mask, _mm256_add_ps(before, part));
     }
   }
 }

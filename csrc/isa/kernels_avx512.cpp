@@ -338,7 +338,8 @@ void add_weighted(const EpilogueArgs& e) {
       float* at = y + tile * kTileCols;
       // multiply, then add: the same two roundings as the scalar kernel
       const __m512 part = _mm512_mul_ps(weight, value16<T>(e, r, tile));
-      _mm512_mask_storeu_ps(at, masks[tile], _mm512_add_ps(_mm512_maskz_loadu_ps(masks[tile], at), part));
+      const __m512 before = _mm512_maskz_loadu_ps(e.first[r] ? 0 : masks[tile], at);
+      _mm512_mask_storeu_ps(at, masks[tile], _mm512_add_ps(before, part));
     }
   }
 }

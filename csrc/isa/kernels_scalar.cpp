@@ -150,7 +150,10 @@ template <typename T>
 void add_weighted(const EpilogueArgs& e) {
   for (int r = 0; r < e.rows; ++r) {
     float* y = static_cast<float*>(e.out) + e.token[r] * e.out_stride;
-    for (int col = 0; col < e.cols; ++col) y[col] += e.weight[r] * value_at<T>(e, r, col);
+    for (int col = 0; col < e.cols; ++col) {
+      const float before = e.first[r] ? 0.0f : y[col];
+      y[col] = before + e.weight[r] * value_at<T>(e, r, col);
+    }
   }
 }
 

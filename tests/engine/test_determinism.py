@@ -7,8 +7,8 @@ from kttools_runtime import _kernels
 from tests.engine import reference as ref
 
 THREADS = [1, 2, 3, 5, 7]
-# An expert's rows are cut at 512 and tokens at 4096. One token hits 8 experts of 92 KB: work for 7 threads.
-TOKENS = [1, 3, 64, 511, 512, 513]
+# An expert's rows are cut at 640 and tokens at 4096. One token hits 8 experts of 92 KB: work for 7 threads.
+TOKENS = [1, 3, 33, 64, 513, 640, 641]
 LONG = [4096, 4097]
 
 
