@@ -24,7 +24,7 @@ endif
 endif
 
 NATIVE := $(wildcard setup.py csrc/*.cpp csrc/*.h csrc/isa/*.cpp csrc/isa/*.h)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/isa/*.cpp csrc/isa/*.h tests/csrc/*.cpp)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/isa/*.cpp csrc/isa/*.h tests/csrc/*.cpp tests/engine/native/*.cpp)
 
 .PHONY: install dev demo test lint fuzz sanitize bench docs clean distclean
 

@@ -13,10 +13,11 @@ TIMEOUT_SECONDS = 1800
 
 @dataclass(frozen=True, slots=True)
 class LlamaBench:
-    """binary: llama-bench; model: a GGUF file. Raises UsageError when either is missing."""
+    """binary: llama-bench; model: a GGUF file; more: further arguments. UsageError when a file is missing."""
 
     binary: Path
     model: Path
+    more: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for path, option in ((self.binary, "--llama-bench"), (self.model, "--gguf")):
@@ -26,7 +27,7 @@ class LlamaBench:
     def measure(self, n_prompt: int, n_gen: int, threads: int, repeat: int) -> dict[str, Any]:
         """llama-bench's own record of one test (pp or tg), warmed up by it. Raises EngineError."""
         test = ["-p", str(n_prompt), "-n", str(n_gen), "-t", str(threads), "-r", str(repeat)]
-        command = [str(self.binary), "-m", str(self.model), *test, "-o", "json"]
+        command = [str(self.binary), "-m", str(self.model), *test, "-o", "json", *self.more]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
         except (OSError, subprocess.TimeoutExpired) as error:

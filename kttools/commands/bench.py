@@ -1,5 +1,6 @@
 """kttools bench: the expert engine and whole models beside this machine's limits and beside peers."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,9 @@ def _notes(
 @options.isa_option
 @click.option("--llama-bench", metavar="PATH", help="llama.cpp's llama-bench, run in alternation on --gguf.")
 @click.option("--gguf", "ggufs", multiple=True, metavar="FILE", help="A model for it; may be repeated.")
+@click.option(
+    "--llama-args", default="", metavar="TEXT", help='Further arguments of it, as "-lm none" (no mmap).'
+)
 @output_option
 @click.pass_context
 def model(ctx: click.Context, **given: Any) -> None:
@@ -207,6 +211,8 @@ def model(ctx: click.Context, **given: Any) -> None:
     bundle = options.pick_model(given["model_argument"], given["model_option"], ctx)
     if bool(given["llama_bench"]) != bool(given["ggufs"]):
         raise UsageError("--llama-bench and --gguf belong together")
+    if given["llama_args"] and not given["ggufs"]:
+        raise UsageError("--llama-args needs --llama-bench")
     _model(Path(bundle), given)
 
 
@@ -221,12 +227,15 @@ def _model(bundle: Path, given: dict[str, Any]) -> None:
     tests = speed_tests(given["n_prompt"], given["n_gen"])
     if not tests:
         raise UsageError("nothing to measure: -p and -n are both 0")
-    peers = [LlamaBench(Path(given["llama_bench"]), Path(file)) for file in given["ggufs"]]
+    more = tuple(shlex.split(given["llama_args"]))
+    peers = [LlamaBench(Path(given["llama_bench"]), Path(file), more) for file in given["ggufs"]]
     opened = partial(load, bundle, threads=given["cpu_infer"], isa=given["isa"])
     records = run(bundle, tests, given["repeat"], peers, opened, options.notice)
     machine = report.machine()
     records = [{**machine, **record} for record in records]
     notes = [f"{machine['cpu_info']}, {machine['test_time']}; {given['repeat']} runs per test, mean tok/s"]
+    if more:
+        notes.append(f"llama-bench {' '.join(more)}")
     click.echo(report.render(records, given["style"], report.MODEL_COLUMNS, notes), nl=False)
 
 

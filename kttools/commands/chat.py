@@ -62,7 +62,9 @@ Examples:
 @click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where the shards are computed."
 )
-@click.option("--expert-table", metavar="FILE|NAME|none", help="Expert table; none is the model's own router.")
+@click.option(
+    "--expert-table", metavar="FILE|NAME|none", help="Expert table; none is the model's own router."
+)
 @click.option("--experts", type=click.IntRange(min=1), metavar="K", help="Experts per token, renormalised.")
 @click.option("--force_think", is_flag=True, help="Begin every answer with <think>.")
 @options.isa_option

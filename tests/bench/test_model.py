@@ -15,6 +15,7 @@ from kttools_runtime.errors import EngineError, UsageError
 FAKE_LLAMA_BENCH = """#!/bin/sh
 case "$*" in *broken*) echo "main: failed to load model" >&2; exit 1;; esac
 echo "noise" >&2
+case "$*" in *"-lm none"*) echo "-lm none" >> "$0.seen";; esac
 echo '[{"avg_ts": 2.0, "stddev_ts": 0.1, "n_prompt": '$4', "n_gen": '$6', "n_threads": '$8'}]'
 """
 
@@ -61,6 +62,18 @@ def test_markdown_alone(nano_bundle: Path, capsys: pytest.CaptureFixture[str]) -
     assert lines[0] == "| engine | model | test | threads | tok/s | +- | ours / peer |"
     assert "tg2" in lines[2]
     assert len([line for line in lines if line.startswith("| kttools")]) == 1
+
+
+def test_arguments_for_llama_bench(
+    nano_bundle: Path, llama_bench: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "model", str(nano_bundle), "-p", "0", "-n", "2", "-r", "1", "-t", "1"]
+    assert main([*command, "--llama-args", "-lm none"]) == 2
+    assert "--llama-args needs --llama-bench" in capsys.readouterr().err
+    peer = ["--llama-bench", str(llama_bench), "--gguf", str(llama_bench.with_name("model.gguf"))]
+    assert main([*command, *peer, "--llama-args", "-lm none"]) == 0
+    assert "llama-bench -lm none" in capsys.readouterr().out
+    assert llama_bench.with_name("llama-bench.seen").read_text() == "-lm none\n"
 
 
 def test_bad_options(nano_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

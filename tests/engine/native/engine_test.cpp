@@ -13,8 +13,10 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "latent_step.h"
 #include "linear.h"
 #include "moe.h"
+#include "step.h"
 
 namespace {
 
@@ -295,6 +297,77 @@ void check_table(const std::string& isa) {
 
 }  // namespace
 
+// Decode steps of odd sizes on exactly sized memory: two layers' halves, 3 tokens, then 1.
+struct SmallModel {
+  static constexpr int kHidden = 37, kHeads = 5, kNope = 7, kRope = 6, kValue = 9, kLatent = 19, kRank = 21;
+  static constexpr int kInner = 23, kExperts = 12, kTokens = 4;
+
+  std::shared_ptr<Engine> engine;
+  std::vector<std::unique_ptr<kt::PackedLinear>> linears;
+  std::vector<uint16_t> up_key = half(50, kHeads * kNope * kLatent), up_value = half(51, kHeads * kValue * kLatent);
+  std::vector<float> router_weight = values(52, kExperts* kHidden, 1.0f);
+  std::vector<std::unique_ptr<Expert>> experts;
+
+  static std::vector<uint16_t> half(uint32_t seed, size_t n) {
+    std::vector<uint16_t> out(n);
+    for (size_t i = 0; i < n; ++i) out[i] = to_bf16(value(seed, static_cast<uint32_t>(i)));
+    return out;
+  }
+
+  explicit SmallModel(int threads) : engine(std::make_shared<Engine>(threads, "")) {
+    for (int e = 0; e < kExperts; ++e) {
+      experts.push_back(std::make_unique<Expert>(e % 2 ? Format::kInt8 : Format::kBf16, kHidden, kInner, 60u + e));
+    }
+  }
+
+  kt::PackedLinear* linear(int n, int k) {
+    const std::vector<uint16_t> w = half(static_cast<uint32_t>(n * 100 + k), static_cast<size_t>(n) * k);
+    const kt::CodeView codes = {w.data(), nullptr, nullptr, n, k};
+    linears.push_back(std::make_unique<kt::PackedLinear>(engine, Format::kBf16, codes, nullptr));
+    return linears.back().get();
+  }
+
+  static kt::Norm norm(int size) {
+    const std::vector<float> ones(static_cast<size_t>(size), std::sqrt(static_cast<float>(size)));
+    return kt::Norm(ones.data(), size, 1e-6f * static_cast<float>(size));
+  }
+
+  std::unique_ptr<kt::GatedMlp> mlp() {
+    const kt::LinearPair gate_up(linear(kInner, kHidden), linear(kInner, kHidden));
+    return std::make_unique<kt::GatedMlp>(engine, gate_up, linear(kHidden, kInner));
+  }
+
+  std::vector<float> run() {
+    const kt::LatentShape shape = {kHeads, kNope, kRope, kValue, kLatent};
+    kt::LatentStep attention(engine, shape, 0.3f, {up_key.data(), up_value.data()}, norm(kHidden),
+                             kt::LinearPair(linear(kRank + shape.cached(), kHidden), nullptr),
+                             std::make_unique<kt::Norm>(norm(kRank)), linear(kHeads * shape.key(), kRank),
+                             norm(kLatent), linear(kHidden, kHeads * kValue));
+    std::vector<kt::ExpertBlob> blobs;
+    for (const auto& expert : experts) blobs.push_back({expert->format, expert->blob.get()});
+    ExpertLayer layer(engine, kHidden, kInner, blobs);
+    const kt::RouterShape routing = {kt::RouterKind::kSigmoidBiasGroups, kExperts, kHidden, 3, 2, 4, true, 2.5f};
+    kt::Router router(engine, routing, router_weight.data(), values(53, kExperts, 0.1f));
+    kt::MoeStep moe(engine, norm(kHidden), &router, &layer, mlp(), values(54, kHidden, 1.0f));
+    kt::DenseStep dense(engine, norm(kHidden), std::move(*mlp()));
+    std::vector<uint16_t> cache(static_cast<size_t>(kTokens * shape.cached()));
+    std::vector<float> hidden = values(55, kTokens * kHidden, 1.0f), turns = values(56, kTokens * kRope, 1.0f);
+    for (const auto& [start, rows] : {std::pair{0, 3}, std::pair{3, 1}}) {
+      float* at = hidden.data() + start * kHidden;
+      attention.forward(at, rows, turns.data() + start * kRope, cache.data(), start);
+      dense.forward(at, rows);
+      moe.forward(at, rows);
+    }
+    return hidden;
+  }
+};
+
+void check_steps() {
+  const std::vector<float> one = SmallModel(1).run(), three = SmallModel(3).run();
+  for (float x : one) expect(std::isfinite(x), "a step gave a number that is not finite");
+  expect(std::memcmp(one.data(), three.data(), one.size() * sizeof(float)) == 0, "steps depend on the threads");
+}
+
 int main() {
   for (const FormatInfo& info : kt::formats()) {
     const Expert expert(info.format, 72, 40, 5);
@@ -305,6 +378,7 @@ int main() {
   }
   check_refusals();
   check_callers();
+  check_steps();
   std::printf("ok\n");
   return 0;
 }
