@@ -158,6 +158,8 @@ SHARED_UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0 is not supported: it changes results"),
     ({"mlp_bias": True}, "mlp_bias True is not supported: it changes results and .* has no such key"),
     ({"swiglu_limit": 7.0}, "swiglu_limit 7.0 is not supported"),
+    ({"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config .* not supported"),
+    ({"original_max_position_embeddings": 4096}, "original_max_position_embeddings 4096 is not supported"),
 ]
 UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     *((name, *case) for name in (LITE, QWEN3, QWEN2, MIXTRAL, GLM) for case in SHARED_UNSUPPORTED),
