@@ -42,6 +42,9 @@ def pareto(facts: Facts) -> str:
     points = [point for curve in curves for point in curve.points]
     values = [v for _, kl, low, high in points for v in (kl, low, high) if v > 0]
     smallest, largest = min(p[0] for p in points), max(p[0] for p in points)
+    if largest - smallest < 0.5:  # one mean: it stands in the middle
+        middle = round((smallest + largest) / 2)
+        smallest, largest = middle - 1.0, middle + 1.0
     plot = svg.Plot(
         (math.floor(smallest), math.ceil(largest)),
         (min(values) / 1.25, max(values) * 1.25),
