@@ -52,18 +52,30 @@ class TokenProgress:
 
     def __init__(self, title: str, is_quiet: bool) -> None:
         self.title = title
-        self._shown = not is_quiet
+        self.is_quiet = is_quiet
+        self.is_terminal = sys.stderr.isatty()
         self._bar: tqdm | None = None
+        self._done = self._total = 0
+        self._started = self._next_line = time.monotonic()
 
     def start(self, total_tokens: int) -> None:
-        if self._shown:
-            # Off a terminal a whole line each time, and few of them.
-            line = {} if sys.stderr.isatty() else {"mininterval": LINE_SECONDS, "ascii": True, "ncols": 80}
-            self._bar = tqdm(total=total_tokens, desc=self.title, unit="tok", unit_scale=True, **line)
+        self._total = total_tokens
+        self._started = time.monotonic()
+        self._next_line = self._started + LINE_SECONDS
+        if self.is_terminal and not self.is_quiet:
+            self._bar = tqdm(total=total_tokens, desc=self.title, unit="tok", unit_scale=True)
 
     def advance(self, count: int) -> None:
+        self._done += count
         if self._bar is not None:
             self._bar.update(count)
+        elif not self.is_quiet and not self.is_terminal and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LINE_SECONDS
+            rate = self._done / max(time.monotonic() - self._started, 1e-9)
+            left = tqdm.format_interval((self._total - self._done) / max(rate, 1e-9))
+            percent = 100 * self._done // max(self._total, 1)
+            line = f"{percent} % of {self._total} tokens, {rate:.0f} tokens/s, {left} left"
+            sys.stderr.write(f"{self.title}: {line}\n")
 
     def __enter__(self) -> "TokenProgress":
         return self

@@ -1,6 +1,7 @@
 """kttools profile-experts: the whole, its steps one by one, and the exit code of each kind of mistake."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import kttools_runtime as kt
 from kttools import config_file
 from kttools.cli import main
 from kttools.commands import profile_experts
+from kttools.progress import TokenProgress
 
 Captured = pytest.CaptureFixture[str]
 
@@ -79,7 +81,7 @@ def test_collect_and_allocate_alone(
     assert "plan: 2 shards" in output.err
     assert "outputs of one token in 2" in output.err
     assert "the layers stay in memory" in output.err
-    assert "tok/s" in output.err
+    assert re.search(r"collect: \d+ tokens recorded at \d+ tokens/s, 0 kept", output.err)
     assert run("collect", nano_bundle, *data, *SMALL, "-o", tmp_path, "--gram-every=2", "--json") == 0
     again = json.loads(capsys.readouterr().out)
     assert (again["recorded_tokens"], again["kept_tokens"]) == (0, made["recorded_tokens"])
@@ -162,6 +164,26 @@ def test_options_come_from_the_config_file(
     Path(config_file.NAME).write_text(table + "colour = 1\n")
     assert run("collect", nano_bundle, *data, *SMALL, "-o", tmp_path) == 3
     assert "unknown option 'colour'" in capsys.readouterr().err
+
+
+def test_progress_off_a_terminal_is_lines(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with TokenProgress("collect", is_quiet=False) as progress:
+        progress.start(1000)
+        for now in (104.0, 106.0, 107.0, 112.0):
+            clock[0] = now
+            progress.advance(100)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "collect: 20 % of 1000 tokens, 33 tokens/s, 00:24 left",
+        "collect: 40 % of 1000 tokens, 33 tokens/s, 00:18 left",
+    ]
+    with TokenProgress("collect", is_quiet=True) as progress:
+        progress.start(10)
+        clock[0] = 200.0
+        progress.advance(10)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_default_step_needs_no_name() -> None:
