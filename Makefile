@@ -73,7 +73,7 @@ sanitize: dev
 	KTTOOLS_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-base $(ASAN) --build-lib $(ASAN)/lib
 	PYTHONPATH=$(ASAN)/lib ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(BIN)/python -m pytest -m "isa and not slow" tests/engine
+	sh -c '$(BIN)/python -m pytest -m "isa and not slow" tests/engine && $(BIN)/python -m pytest tests/engine/test_steps.py'
 
 bench: install
 	$(BIN)/kttools bench experts
