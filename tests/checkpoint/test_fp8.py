@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kttools.checkpoint import open_checkpoint
 from kttools.checkpoint.fp8 import BlockFormat, Fp8Checkpoint, decode_blocks, read_quantization_config
+from kttools.cli import main
 from kttools.families import open_model
 from kttools.quantize.plan import make_plan
 from kttools.quantize.recipe import Recipe
@@ -198,3 +199,37 @@ def test_same_bundle_as_from_the_dequantised_weights(tmp_path: Path, nano_checkp
     assert got.keys() == expected.keys()
     different = [name for name in got if got[name] != expected[name]]
     assert different == ["bundle.json"]  # it names the source files
+
+
+def broken_model(source: Path, target: Path, kind: str) -> Path:
+    """ds3-nano in FP8 with one expert's up_proj damaged."""
+    fp8, _ = make_pair(source, target)
+    tensors = read_all(fp8)
+    name = "model.layers.2.mlp.experts.7.up_proj.weight"
+    if kind == "no scale":
+        del tensors[f"{name}_scale_inv"]
+    elif kind == "scale of another block":
+        tensors[f"{name}_scale_inv"] = torch.ones(64, 256)
+    else:
+        tensors[name] = changed(tensors[name], (3, 5), 0x7F)
+    save(fp8 / "model.safetensors", tensors)
+    return fp8
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no scale", "7.up_proj.weight_scale_inv', are missing"),
+        ("scale of another block", "7.up_proj.weight_scale_inv': expected F32 or BF16 [1, 2]"),
+        ("NaN", "7.up_proj.weight: the weight at [3, 5] is not a number"),
+    ],
+)
+def test_the_command_line_says_so_in_one_line(
+    tmp_path: Path, nano_checkpoint: Path, capsys: pytest.CaptureFixture[str], kind: str, message: str
+) -> None:
+    fp8 = broken_model(nano_checkpoint, tmp_path / "source", kind)
+    assert main(["quantize", str(fp8), "-o", str(tmp_path / "out"), "--quiet"]) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out" / "bundle.json").exists()

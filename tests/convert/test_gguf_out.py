@@ -297,3 +297,23 @@ def test_chat_straight_from_a_gguf_file(
     assert main(line) == 0
     assert "I am ds3-nano" in capsys.readouterr().out
     assert len(list((tmp_path / "kttools" / "bundles").glob("nano-*/bundle.json"))) == 1
+
+
+def test_weights_for_another_directorys_config(
+    tmp_path: Path, nano_checkpoint: Path, nano_gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """KTransformers' way: config and tokenizer from --model_path, the weights from --gguf_path."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for file in nano_checkpoint.glob("*.json"):
+        if "index" not in file.name:
+            (folder / file.name).write_bytes(file.read_bytes())
+    line = ["quantize", "--model_path", str(folder), "--gguf_path", str(nano_gguf)]
+    assert main([*line, "-o", str(tmp_path / "pair"), "--quiet"]) == 0
+    direct = bundle(nano_gguf, tmp_path / "direct")
+    for pack in sorted((direct / "experts").iterdir()):
+        assert pack.read_bytes() == (tmp_path / "pair" / "experts" / pack.name).read_bytes()
+    tokenizer = (tmp_path / "pair" / "tokenizer" / "tokenizer.json").read_bytes()
+    assert tokenizer == (nano_checkpoint / "tokenizer.json").read_bytes()
+    assert main(["convert", str(folder), "--gguf_path", str(nano_gguf), "-o", str(tmp_path / "y.gguf")]) == 2
+    assert "is for quantize and chat" in capsys.readouterr().err
