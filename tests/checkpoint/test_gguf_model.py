@@ -186,12 +186,14 @@ def test_tokenizer_without_bos_and_with_two_ends(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "tokenizer.ggml.add_bos_token": ...,
         "tokenizer.ggml.eot_token_id": (U32, 99),
+        "tokenizer.ggml.padding_token_id": (U32, 2**32 - 1),
         "general.sampling.temp": (F32, 0.6),
         "tokenizer.ggml.token_type": (ARRAY, (I32, [1] * 97 + [3, 3, 5])),
     }
     found = tokenizer(deepseek2(**changes), tmp_path)
     assert found.encode("a", add_special_tokens=True) == [TOKENS.index("a")]
     assert found.token_to_id("<u>") is None
+    assert found.special_tokens["pad_token"] is None
     assert found.generation_config["eos_token_id"] == [98, 99]
     assert found.generation_config["temperature"] == 0.6
 

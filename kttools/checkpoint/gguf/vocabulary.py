@@ -19,6 +19,7 @@ from .pretokenizers import PRE_TOKENIZERS, PreTokenizer
 PREFIX = "tokenizer.ggml."
 TEMPLATE_KEY = "tokenizer.chat_template"
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
+NO_TOKEN = 2**32 - 1  # how some converters wrote that there is none: -1 as u32
 SPECIAL_IDS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -37,6 +38,8 @@ def has_vocabulary(metadata: Metadata) -> bool:
 def special_id(metadata: Metadata, key: str) -> int | None:
     """A special token's id; raises InvalidInputError when it is not an id of the vocabulary."""
     value = metadata.integer(PREFIX + key, None)
+    if value == NO_TOKEN:
+        return None
     if value is None or not has_vocabulary(metadata):
         return value
     count = len(metadata.texts(PREFIX + "tokens"))
