@@ -13,7 +13,7 @@ def pack_bytes(bundle: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "threads, nodes, parts", [(2, 2, (1, 1)), (3, 2, (2, 1)), (1, 2, (1,)), (4, 1, (4,))]
+    ("threads", "nodes", "parts"), [(2, 2, (1, 1)), (3, 2, (2, 1)), (1, 2, (1,)), (4, 1, (4,))]
 )
 def test_bytes_follow_the_workers(
     nano_bundle: Path, threads: int, nodes: int, parts: tuple[int, ...]
