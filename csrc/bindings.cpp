@@ -243,6 +243,27 @@ double compute_ceiling(Engine& engine, double seconds, const std::string& format
   return measure_compute(engine, seconds, bf16);
 }
 
+NumaMode numa_mode(const std::string& name) {
+  if (name == "off") return NumaMode::kOff;
+  if (name == "shard") return NumaMode::kShard;
+  if (name == "replicate") return NumaMode::kReplicate;
+  throw std::invalid_argument("numa must be off, shard or replicate, got " + name);
+}
+
+std::shared_ptr<Engine> make_engine(int threads, const std::optional<std::string>& isa, const std::string& numa,
+                                    int simulated_nodes) {
+  if (simulated_nodes < 0 || simulated_nodes > kMaxNodes)
+    fail("simulated_nodes must be 0 to " + std::to_string(kMaxNodes));
+  return std::make_shared<Engine>(threads, isa.value_or(""), numa_mode(numa),
+                                  simulated_nodes ? simulated_topology(simulated_nodes) : system_topology());
+}
+
+std::vector<std::vector<int>> numa_nodes() {
+  std::vector<std::vector<int>> cpus;
+  for (const Topology::Node& node : system_topology().nodes) cpus.push_back(node.cpus);
+  return cpus;
+}
+
 }  // namespace
 }  // namespace kt
 
@@ -255,6 +276,7 @@ PYBIND11_MODULE(_kernels, m) {
   py::dict format_ids;
   for (const FormatInfo& info : formats()) format_ids[info.name] = static_cast<uint32_t>(info.format);
   m.attr("FORMATS") = format_ids;
+  m.def("numa_nodes", &numa_nodes);
   m.def("expert_bytes", &expert_bytes, py::arg("format"), py::arg("hidden_size"), py::arg("moe_intermediate_size"));
   m.def("pack_expert", &pack_expert_py, py::arg("format"), py::arg("gate"), py::arg("up"), py::arg("down"),
         py::arg("out"));
@@ -266,11 +288,10 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("row_scale"), py::arg("in_features"), py::arg("group_size"));
 
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
-      .def(py::init([](int threads, const std::optional<std::string>& isa) {
-             return std::make_shared<Engine>(threads, isa.value_or(""));
-           }),
-           py::arg("threads"), py::arg("isa") = py::none())
+      .def(py::init(&make_engine), py::arg("threads"), py::arg("isa") = py::none(), py::arg("numa") = "off",
+           py::arg("simulated_nodes") = 0)
       .def_property_readonly("threads", &Engine::threads)
+      .def_property_readonly("nodes", &Engine::nodes)
       .def_property_readonly("isa", [](const Engine& engine) { return engine.kernels().name; });
 
   m.def("measure_bandwidth", &bandwidth_of_bytes, py::arg("engine"), py::arg("bytes"));
@@ -281,6 +302,10 @@ PYBIND11_MODULE(_kernels, m) {
       .def(py::init(&make_layer), py::arg("engine"), py::arg("hidden_size"), py::arg("moe_intermediate_size"),
            py::arg("formats"), py::arg("blobs"))
       .def_property_readonly("num_experts", [](const LayerOverBlobs& self) { return self.layer.num_experts(); })
+      .def_property_readonly("node_bytes", [](const LayerOverBlobs& self) { return self.layer.node_bytes(); })
+      .def(
+          "make_resident", [](LayerOverBlobs& self) { self.layer.make_resident(); },
+          py::call_guard<py::gil_scoped_release>())
       .def("forward", &layer_forward, py::arg("x"), py::arg("expert_ids"), py::arg("expert_weights"), py::arg("out"));
 
   py::class_<PackedLinear>(m, "PackedLinear")

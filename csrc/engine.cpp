@@ -6,6 +6,37 @@
 
 namespace kt {
 
+namespace {
+
+Topology used(NumaMode numa, const Topology& topology, int threads) {
+  Topology nodes = topology;
+  nodes.nodes.resize(numa == NumaMode::kOff ? 1 : std::min<size_t>(nodes.nodes.size(), static_cast<size_t>(threads)));
+  return nodes;
+}
+
+}  // namespace
+
+Engine::Engine(int threads, const std::string& isa, NumaMode numa, const Topology& topology)
+    : kernels_(select_table(isa)),
+      numa_(numa),
+      topology_(used(numa, topology, std::max(1, threads))),
+      pool_(threads),
+      gemm_(static_cast<size_t>(pool_.size())) {
+  step.workers.resize(static_cast<size_t>(pool_.size()));
+  if (nodes() == 1) return;
+  // The caller's own thread stays free: other libraries' threads would inherit its CPUs.
+  pool_.run(pool_.size(), [&](int worker) {
+    if (worker > 0) run_on(node(node_of(worker)));
+  });
+}
+
+StripCounter::Run Engine::share(int strips, int node) const {
+  int before = 0;
+  for (int n = 0; n < node; ++n) before += workers_on(n);
+  const auto cut = [&](int workers) { return static_cast<int>(static_cast<int64_t>(strips) * workers / threads()); };
+  return {cut(before), cut(before + workers_on(node))};
+}
+
 const KernelTable& Engine::select_table(const std::string& isa) { return select_isa(isa); }
 
 int Engine::workers_for(size_t weight_bytes, int rows) const {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "numa.h"
 #include "thread_pool.h"
 
 namespace kt {
@@ -71,20 +72,29 @@ struct StepScratch {
 
 class Engine {
  public:
-  // Throws std::invalid_argument for a bad thread count or isa name (empty: the best one).
-  Engine(int threads, const std::string& isa) : kernels_(select_table(isa)), pool_(threads), gemm_(pool_.size()) {
-    step.workers.resize(static_cast<size_t>(pool_.size()));
-  }
+  // Throws std::invalid_argument for a bad thread count or isa name (empty: the best one). Nodes beyond the number of
+  // threads are not used. Workers but the caller are bound to the CPUs of their node, if the OS lets them.
+  Engine(int threads, const std::string& isa, NumaMode numa = NumaMode::kOff,
+         const Topology& topology = system_topology());
 
   int threads() const { return pool_.size(); }
   const KernelTable& kernels() const { return kernels_; }
   ThreadPool& pool() { return pool_; }
   GemmScratch& gemm_scratch(int worker) { return gemm_[static_cast<size_t>(worker)]; }
-  std::mutex& busy() { return busy_; }          // one forward at a time uses the scratch
+  std::mutex& busy() { return busy_; }  // one forward at a time uses the scratch
   std::mutex& stepping() { return stepping_; }  // and one decode step; taken before busy()
 
   // Workers worth waking for this many bytes of weights or arithmetic of that size.
   int workers_for(size_t weight_bytes, int rows) const;
+
+  NumaMode numa() const { return numa_; }
+  int nodes() const { return static_cast<int>(topology_.nodes.size()); }
+  const Topology::Node& node(int index) const { return topology_.nodes[static_cast<size_t>(index)]; }
+  // Workers go round the nodes, so that a job for a few of them uses all memory.
+  int node_of(int worker) const { return worker % nodes(); }
+  int workers_on(int node) const { return (threads() - node + nodes() - 1) / nodes(); }
+  // The strips of a matrix that lie on a node, in proportion to its workers. Together: [0, strips), in order.
+  StripCounter::Run share(int strips, int node) const;
 
   RowStage stage;
   Buffer tiles;        // activations of one group, cut into tiles or gathered
@@ -96,10 +106,41 @@ class Engine {
   static const KernelTable& select_table(const std::string& isa);
 
   const KernelTable& kernels_;
+  const NumaMode numa_;
+  const Topology topology_;
   ThreadPool pool_;
   std::vector<GemmScratch> gemm_;
   std::mutex busy_;
   std::mutex stepping_;
+};
+
+// Strips of one phase, several matrices side by side, for every worker the ones on its own node first.
+class NodeStrips {
+ public:
+  struct Run {
+    int matrix, begin, end;
+  };
+
+  Run take(const Engine& engine, int worker, int strips, int matrices, int workers, int least, int most) {
+    const int nodes = engine.nodes(), beside = std::max(1, workers / nodes);
+    for (int i = 0; i < nodes; ++i) {
+      const int node = (engine.node_of(worker) + i) % nodes;
+      const StripCounter::Run share = engine.share(strips, node);
+      const int width = share.end - share.begin;
+      if (width == 0) continue;
+      const StripCounter::Run run = counters_[node].take(width * matrices, width, beside, least, most);
+      if (run.begin == run.end) continue;
+      const int begin = share.begin + run.begin % width;
+      return {run.begin / width, begin, begin + run.end - run.begin};
+    }
+    return {0, 0, 0};
+  }
+  void reset() {
+    for (StripCounter& counter : counters_) counter.reset();
+  }
+
+ private:
+  StripCounter counters_[kMaxNodes];
 };
 
 }  // namespace kt

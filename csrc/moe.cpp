@@ -77,7 +77,7 @@ struct ExpertLayer::Plan {
 struct GroupSync {
   Barrier barrier;
   UnitCounter rows, hidden;
-  StripCounter gate_up, down;
+  NodeStrips gate_up, down;
   int workers;
 };
 
@@ -86,15 +86,68 @@ ExpertLayer::ExpertLayer(std::shared_ptr<Engine> engine, int hidden_size, int mo
     : engine_(std::move(engine)), hidden_size_(hidden_size), intermediate_(moe_intermediate_size) {
   if (experts.empty()) throw std::invalid_argument("an expert layer needs at least one expert");
   for (const ExpertBlob& blob : experts) {
-    const ExpertShape shape(blob.format, hidden_size, moe_intermediate_size);
     if (reinterpret_cast<uintptr_t>(blob.data) % 64 != 0)
       throw std::invalid_argument("expert blobs must be 64-byte aligned");
-    const auto scales = [&](const StripShape& strips, size_t offset) {
-      return strips.has_scales() ? reinterpret_cast<const float*>(blob.data + offset) : nullptr;
-    };
-    experts_.push_back({{shape.gate_up, blob.data, scales(shape.gate_up, shape.gate_up_scales_offset())},
-                        {shape.down, blob.data + shape.down_offset(), scales(shape.down, shape.down_scales_offset())}});
+    experts_.push_back(expert_at(blob, hidden_size, moe_intermediate_size));
   }
+  if (engine_->numa() == NumaMode::kReplicate && engine_->nodes() > 1) replicate(experts);
+}
+
+ExpertLayer::Expert ExpertLayer::expert_at(const ExpertBlob& blob, int hidden_size, int moe_intermediate_size) {
+  const ExpertShape shape(blob.format, hidden_size, moe_intermediate_size);
+  const auto scales = [&](const StripShape& strips, size_t offset) {
+    return strips.has_scales() ? reinterpret_cast<const float*>(blob.data + offset) : nullptr;
+  };
+  return {{shape.gate_up, blob.data, scales(shape.gate_up, shape.gate_up_scales_offset())},
+          {shape.down, blob.data + shape.down_offset(), scales(shape.down, shape.down_scales_offset())}};
+}
+
+// A copy of all blobs on every node, written by threads of that node so that its memory is taken.
+void ExpertLayer::replicate(const std::vector<ExpertBlob>& experts) {
+  std::vector<size_t> offsets = {0};
+  for (const ExpertBlob& blob : experts)
+    offsets.push_back(offsets.back() + ExpertShape(blob.format, hidden_size_, intermediate_).blob_bytes());
+  copies_.resize(static_cast<size_t>(engine_->nodes()));
+  node_experts_.resize(copies_.size());
+  for (size_t node = 0; node < copies_.size(); ++node) {
+    copies_[node].reserve(offsets.back());
+    for (size_t e = 0; e < experts.size(); ++e)
+      node_experts_[node].push_back(
+          expert_at({experts[e].format, copies_[node].bytes() + offsets[e]}, hidden_size_, intermediate_));
+  }
+  engine_->pool().run(engine_->threads(), [&](int worker) {
+    const int node = engine_->node_of(worker), beside = engine_->workers_on(node);
+    for (size_t e = static_cast<size_t>(worker / engine_->nodes()); e < experts.size(); e += beside)
+      std::memcpy(copies_[node].bytes() + offsets[e], experts[e].data, offsets[e + 1] - offsets[e]);
+  });
+}
+
+std::vector<size_t> ExpertLayer::node_bytes() const {
+  std::vector<size_t> bytes(static_cast<size_t>(engine_->nodes()));
+  for (size_t node = 0; node < bytes.size(); ++node) {
+    for (const Expert& expert : experts_) {
+      for (const StripShape* shape : {&expert.gate_up.shape, &expert.down.shape}) {
+        const StripCounter::Run share = engine_->share(shape->strips(), static_cast<int>(node));
+        const int strips = node_experts_.empty() ? share.end - share.begin : shape->strips();
+        bytes[node] += strips * shape->strip_bytes();
+      }
+    }
+  }
+  return bytes;
+}
+
+void ExpertLayer::make_resident() {
+  std::lock_guard<std::mutex> busy(engine_->busy());
+  engine_->pool().run(engine_->threads(), [&](int worker) {
+    const int node = engine_->node_of(worker), beside = engine_->workers_on(node);
+    for (int e = worker / engine_->nodes(); e < num_experts(); e += beside) {
+      for (const Weights* weights : {&experts_[e].gate_up, &experts_[e].down}) {
+        const StripCounter::Run share = engine_->share(weights->shape.strips(), node);
+        kt::make_resident(weights->strip(share.begin), (share.end - share.begin) * weights->shape.strip_bytes(),
+                          engine_->node(node));
+      }
+    }
+  });
 }
 
 void ExpertLayer::check_ids(const Routing& routing, int tokens) const {
@@ -312,15 +365,16 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
   const size_t hidden_stride = hidden_row_floats();
   int largest = 1;
   for (int i = first; i < last; ++i) largest = std::max(largest, plan.segments[i].rows);
-  const int gate_up_strips = experts_[0].gate_up.shape.strips();
+  const std::vector<Expert>& experts = experts_for(worker);
+  const int gate_up_strips = experts[0].gate_up.shape.strips();
   const auto next_gate_up = [&] {
-    return sync.gate_up.take(gate_up_strips * (last - first), gate_up_strips, sync.workers,
+    return sync.gate_up.take(engine, worker, gate_up_strips, last - first, sync.workers,
                              least_strips(plan.segments[first].gate_up_tiling), most_strips(largest));
   };
-  for (StripCounter::Run run = next_gate_up(); run.begin < run.end; run = next_gate_up()) {
-    const Segment& s = plan.segments[first + run.begin / gate_up_strips];
-    const int begin = run.begin % gate_up_strips, end = begin + run.end - run.begin;
-    const Weights& weights = experts_[s.expert].gate_up;
+  for (NodeStrips::Run run = next_gate_up(); run.begin < run.end; run = next_gate_up()) {
+    const Segment& s = plan.segments[first + run.matrix];
+    const int begin = run.begin, end = run.end;
+    const Weights& weights = experts[s.expert].gate_up;
     Activations a = {engine.tiles.bytes() + s.input_offset,
                      stage_stride(s.arithmetic, hidden_size_),
                      s.rows,
@@ -351,16 +405,16 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
 
   // Down: a worker owns a range of output columns for every expert of the group, in expert order, so that sums come
   // out the same however many workers there are.
-  const int down_strips = experts_[0].down.shape.strips();
+  const int down_strips = experts[0].down.shape.strips();
   const auto next_down = [&] {
-    return sync.down.take(down_strips, down_strips, sync.workers, least_strips(plan.segments[first].down_tiling),
+    return sync.down.take(engine, worker, down_strips, 1, sync.workers, least_strips(plan.segments[first].down_tiling),
                           most_strips(largest));
   };
-  for (StripCounter::Run run = next_down(); run.begin < run.end; run = next_down()) {
+  for (NodeStrips::Run run = next_down(); run.begin < run.end; run = next_down()) {
     const int begin = run.begin, end = run.end;
     for (int i = first; i < last; ++i) {
       const Segment& s = plan.segments[i];
-      const Weights& weights = experts_[s.expert].down;
+      const Weights& weights = experts[s.expert].down;
       const int local = s.row - row_begin;
       Activations a = {engine.hidden_rows.bytes() + s.hidden_offset,
                        stage_stride(s.arithmetic, intermediate_),
@@ -382,8 +436,8 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
       sink.args.out = out;
       sink.args.out_stride = static_cast<size_t>(hidden_size_);
       sink.args.cols = hidden_size_;
-      const uint8_t* next = i + 1 < last        ? experts_[plan.segments[i + 1].expert].down.strip(begin)
-                            : end < down_strips ? experts_[plan.segments[first].expert].down.strip(end)
+      const uint8_t* next = i + 1 < last        ? experts[plan.segments[i + 1].expert].down.strip(begin)
+                            : end < down_strips ? experts[plan.segments[first].expert].down.strip(end)
                                                 : nullptr;
       gemm_strips(kernels, s.arithmetic, weights, begin, end, a, next, scratch, sink);
     }

@@ -24,12 +24,17 @@ struct Routing {
 
 class ExpertLayer {
  public:
-  // Throws std::invalid_argument on sizes or alignment that cannot be.
+  // Throws std::invalid_argument on sizes or alignment that cannot be, std::bad_alloc for copies that do not fit.
   ExpertLayer(std::shared_ptr<Engine> engine, int hidden_size, int moe_intermediate_size,
               std::vector<ExpertBlob> experts);
 
   int num_experts() const { return static_cast<int>(experts_.size()); }
   int hidden_size() const { return hidden_size_; }
+
+  // Bytes of weights that each node of the engine multiplies (kReplicate: holds).
+  std::vector<size_t> node_bytes() const;
+  // Brings every node's weights into memory, from its own threads. Without it they come as they are used.
+  void make_resident();
 
   // out: [x.rows, hidden_size] float, overwritten. Throws std::invalid_argument for ids outside [-1, num_experts); then
   // out is untouched. The result does not depend on the number of threads.
@@ -45,6 +50,11 @@ class ExpertLayer {
 
   // An odd number of cache lines, so that rows do not all fall into the same cache sets.
   size_t hidden_row_floats() const { return f32_stride(intermediate_) / sizeof(float) / 32 * 32 + 16; }
+  static Expert expert_at(const ExpertBlob& blob, int hidden_size, int moe_intermediate_size);
+  void replicate(const std::vector<ExpertBlob>& experts);
+  const std::vector<Expert>& experts_for(int worker) const {
+    return node_experts_.empty() ? experts_ : node_experts_[static_cast<size_t>(engine_->node_of(worker))];
+  }
   void check_ids(const Routing& routing, int tokens) const;
   Plan make_plan(const Input& x, const Routing& routing) const;
   void forward_chunk(const Input& x, const Routing& routing, float* out);
@@ -55,7 +65,9 @@ class ExpertLayer {
   std::shared_ptr<Engine> engine_;
   int hidden_size_;
   int intermediate_;
-  std::vector<Expert> experts_;
+  std::vector<Expert> experts_;                    // over the caller's blobs
+  std::vector<std::vector<Expert>> node_experts_;  // kReplicate: over each node's copy
+  std::vector<Buffer> copies_;
 };
 
 }  // namespace kt

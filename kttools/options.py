@@ -190,6 +190,17 @@ def isa_option(function: F) -> F:
     )
 
 
+def numa_option(function: F) -> F:
+    """--numa as `numa`."""
+    return click.option(
+        "--numa",
+        type=click.Choice(["auto", "off", "shard", "replicate"]),
+        default="auto",
+        show_default=True,
+        help="Memory nodes: each computes its share of every expert (shard), or holds a copy of all.",
+    )(function)
+
+
 def json_option(function: F) -> F:
     """--json as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(

@@ -11,7 +11,7 @@ import click
 
 from kttools.model_source import ensure_bundle, resolve_model
 from kttools.options import notice
-from kttools_runtime.errors import InvalidInputError, UsageError
+from kttools_runtime.errors import InvalidInputError, ResourceError, UsageError
 
 from .session import ChatOptions, ChatSession, sampling_params
 
@@ -26,6 +26,7 @@ class LoadOptions:
     expert_table: str | None = None
     experts: int | None = None
     cache_lens: int | None = None
+    numa: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ def load_model(bundle: Path, load: LoadOptions) -> Any:
     """kt.load() with our options' names. Raises what it raises."""
     import kttools_runtime as kt
 
+    check_nodes(bundle, load)
     return kt.load(
         bundle,
         device=load.device,
@@ -84,7 +86,25 @@ def load_model(bundle: Path, load: LoadOptions) -> Any:
         expert_table=load.expert_table,
         num_experts=load.experts,
         isa=load.isa,
+        numa=load.numa,
     )
+
+
+def check_nodes(bundle: Path, load: LoadOptions) -> None:
+    """Says what each memory node gets, where there are several. Raises ResourceError if copies do not fit."""
+    import psutil
+
+    from kttools_runtime.numa import plan_nodes
+
+    plan = plan_nodes(bundle, load.numa, load.cpu_infer)
+    if len(plan.node_bytes) > 1 or load.numa in ("shard", "replicate"):
+        notice(plan.line())
+    available = psutil.virtual_memory().available
+    if plan.copied_bytes > available:
+        raise ResourceError(
+            f"--numa replicate needs {plan.copied_bytes / 1e9:.2f} GB of RAM for its copies, "
+            f"{available / 1e9:.2f} GB are available; --numa shard needs none"
+        )
 
 
 def quantise_in_cache(source: Path, target: Path, weights: Path | None = None) -> None:

@@ -30,6 +30,9 @@ def cpu_features() -> dict[str, bool]:
 def isa_report() -> list[_IsaRow]:
     """Every kernel table of this build, best first, with the features this CPU lacks."""
 
+def numa_nodes() -> list[list[int]]:
+    """The CPUs of each memory node that this process may use; at least one node."""
+
 def available_isas() -> list[str]:
     """Names of the kernel tables that run here, best first."""
 
@@ -69,9 +72,13 @@ def measure_compute(engine: Engine, seconds: float, format: str = "int8") -> flo
 class Engine:
     """Threads, a kernel table and scratch memory, shared by every layer of a model."""
 
-    def __init__(self, threads: int, isa: str | None = None) -> None: ...
+    def __init__(
+        self, threads: int, isa: str | None = None, numa: str = "off", simulated_nodes: int = 0
+    ) -> None: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def nodes(self) -> int: ...
     @property
     def isa(self) -> str: ...
 
@@ -89,6 +96,9 @@ class ExpertLayer:
     ) -> None: ...
     @property
     def num_experts(self) -> int: ...
+    @property
+    def node_bytes(self) -> list[int]: ...
+    def make_resident(self) -> None: ...
     def forward(self, x: _Float, expert_ids: _I64, expert_weights: _F32, out: _F32) -> None:
         """x [T, H], ids and weights [T, k] -> out [T, H], overwritten. The GIL is released."""
 

@@ -7,6 +7,7 @@ import torch
 
 from . import _kernels, env
 from .errors import HardwareError, InvalidInputError, UsageError
+from .numa import resolve_mode
 
 # What a user asks for, and the pack format it means. Layer errors: g32 0.13,
 # g64 0.145, g128 0.16.
@@ -43,6 +44,15 @@ class ExpertLayer:
         self.hidden_size = hidden_size
         self.num_experts: int = layer.num_experts
 
+    @property
+    def node_bytes(self) -> list[int]:
+        """Bytes of weights that each memory node multiplies (with replicate: holds)."""
+        return list(self.native.node_bytes)
+
+    def make_resident(self) -> None:
+        """Bring every node's weights into memory, from threads of that node."""
+        self.native.make_resident()
+
     def forward(
         self,
         x: torch.Tensor,
@@ -69,15 +79,24 @@ class ExpertEngine:
     """Threads and kernels that every expert layer and packed matrix of a model shares.
 
     threads: workers, the caller included; None: KTTOOLS_CPU_INFER or every CPU of this process.
-    isa: name of a kernel table; None: KTTOOLS_ISA or the best. Raises HardwareError, listing what runs here.
+    isa: name of a kernel table; None: KTTOOLS_ISA or the best. numa: "shard" (each memory node's workers take
+    their strips of every expert), "replicate" (each node has a copy), "off", or "auto": shard where there are
+    several nodes. simulated_nodes: pretend so many. Raises HardwareError, listing what runs here.
     """
 
-    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        isa: str | None = None,
+        numa: str = "off",
+        simulated_nodes: int = 0,
+    ) -> None:
         threads = env.default_threads() if threads is None else threads
         if not 1 <= threads <= 1024:
             raise UsageError(f"threads must be 1 to 1024, got {threads}")
+        mode = resolve_mode(numa, simulated_nodes or len(_kernels.numa_nodes()))
         try:
-            self.native = _kernels.Engine(threads, isa or env.forced_isa())
+            self.native = _kernels.Engine(threads, isa or env.forced_isa(), mode, simulated_nodes)
         except ValueError as error:
             raise HardwareError(str(error)) from None
 
@@ -85,6 +104,11 @@ class ExpertEngine:
     def threads(self) -> int:
         """Number of workers, the caller included."""
         return int(self.native.threads)
+
+    @property
+    def nodes(self) -> int:
+        """Number of memory nodes that work is split over; 1 with numa off."""
+        return int(self.native.nodes)
 
     @property
     def isa(self) -> str:

@@ -6,6 +6,7 @@ import torch
 
 from .errors import HardwareError, UsageError
 from .expert_table import locate_table
+from .experts import ExpertEngine
 from .linear import Placement
 from .manifest import Manifest, load_manifest
 from .model import Model, build_model
@@ -25,6 +26,7 @@ def load(
     num_experts: int | None = None,
     isa: str | None = None,
     stream_layers: bool = False,
+    numa: str = "auto",
 ) -> Model:
     """Open a bundle for computing.
 
@@ -34,7 +36,8 @@ def load(
     None: KTTOOLS_CPU_INFER or every CPU of this process. cache_len: default length of new caches in tokens.
     expert_table: a file, the name of a table in the bundle or among the project's own, None for the bundle's
     default (the native router where it has none) or "none". num_experts: fewer routed experts per token,
-    without a table. isa: kernel table. stream_layers: hold one layer at a time, for models larger than RAM
+    without a table. isa: kernel table. numa: see numa.py. stream_layers: hold one
+    layer at a time, for models larger than RAM
     and passes that take a layer for many texts (see layer_stream); expert_table must be "none" then. Raises
     UsageError, HardwareError, InvalidInputError and its subclasses.
     """
@@ -50,7 +53,8 @@ def load(
     manifest = load_manifest(path)
     asked = "none" if num_experts is not None else expert_table
     table = locate_table(asked, manifest.path, list(manifest.files))
-    model = _load(manifest, where, DTYPES[dtype], threads, cache_len, num_experts, isa, stream_layers)
+    engine = ExpertEngine(threads, isa, numa)
+    model = _load(manifest, where, DTYPES[dtype], engine, cache_len, num_experts, stream_layers)
     if table is not None:
         model.use_table(table)
     return model
@@ -60,15 +64,11 @@ def _load(
     manifest: Manifest,
     device: torch.device,
     dtype: torch.dtype,
-    threads: int | None,
+    engine: ExpertEngine,
     cache_len: int | None,
     num_experts: int | None,
-    isa: str | None,
     stream_layers: bool,
 ) -> Model:
-    from .experts import ExpertEngine
-
-    engine = ExpertEngine(threads, isa)
     shards = ShardWeights(
         [manifest.path(name) for name in manifest.files if name.endswith(".safetensors")], manifest.linears
     )

@@ -1,0 +1,51 @@
+"""How the expert weights of a bundle are shared between the memory nodes of a machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import _kernels, env
+from .errors import UsageError
+from .manifest import load_manifest
+
+NUMA_MODES = ("auto", "off", "shard", "replicate")
+
+
+@dataclass(frozen=True, slots=True)
+class NumaPlan:
+    """mode: off, shard or replicate. node_bytes: of expert packs, read (replicate: held) by each node."""
+
+    mode: str
+    node_bytes: tuple[int, ...]
+
+    @property
+    def copied_bytes(self) -> int:
+        """Memory taken beside the mapped packs."""
+        return sum(self.node_bytes) if self.mode == "replicate" and len(self.node_bytes) > 1 else 0
+
+    def line(self) -> str:
+        """The plan in a line."""
+        sizes = ", ".join(f"node {i}: {size / 1e9:.2f} GB" for i, size in enumerate(self.node_bytes))
+        extra = f"; {self.copied_bytes / 1e9:.2f} GB of RAM for the copies" if self.copied_bytes else ""
+        return f"NUMA {self.mode}: {sizes} of expert weights{extra}"
+
+
+def resolve_mode(numa: str, nodes: int) -> str:
+    """off, shard or replicate for what was asked. Raises UsageError for an unknown name."""
+    if numa not in NUMA_MODES:
+        raise UsageError(f"numa must be one of {', '.join(NUMA_MODES)}, got {numa!r}")
+    return ("shard" if nodes > 1 else "off") if numa == "auto" else numa
+
+
+def plan_nodes(
+    bundle: str | Path, numa: str = "auto", threads: int | None = None, simulated_nodes: int = 0
+) -> NumaPlan:
+    """What load() with these options will do, from the bundle's sizes alone. Raises as load_manifest does."""
+    manifest = load_manifest(bundle)
+    total = sum(manifest.files[expert.file].bytes for expert in manifest.experts.values())
+    available = simulated_nodes or len(_kernels.numa_nodes())
+    mode = resolve_mode(numa, available)
+    workers = env.default_threads() if threads is None else threads
+    nodes = 1 if mode == "off" else min(available, workers)
+    if mode == "replicate":
+        return NumaPlan(mode, (total,) * nodes)
+    return NumaPlan(mode, tuple(total * len(range(node, workers, nodes)) // workers for node in range(nodes)))
