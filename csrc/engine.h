@@ -81,7 +81,7 @@ class Engine {
   const KernelTable& kernels() const { return kernels_; }
   ThreadPool& pool() { return pool_; }
   GemmScratch& gemm_scratch(int worker) { return gemm_[static_cast<size_t>(worker)]; }
-  std::mutex& busy() { return busy_; }  // one forward at a time uses the scratch
+  std::mutex& busy() { return busy_; }          // one forward at a time uses the scratch
   std::mutex& stepping() { return stepping_; }  // and one decode step; taken before busy()
 
   // Workers worth waking for this many bytes of weights or arithmetic of that size.
