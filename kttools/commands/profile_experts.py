@@ -1,13 +1,17 @@
 """kttools profile-experts: fewer experts per token, with a certificate. One command, and its steps."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from kttools import options
 
 from . import profile_steps as steps
+
+if TYPE_CHECKING:
+    from kttools.profiling.plain_policies import PlainPolicy
 
 EPILOG = """\b
 Examples:
@@ -15,6 +19,8 @@ Examples:
       --eval code=jsonl:code-test.jsonl#text --eval law=jsonl:law.jsonl#text -o profile/
   kttools profile-experts collect BUNDLE --shard 2/8 --data code=jsonl:code.jsonl#text -o part2/
   kttools profile-experts merge part1/ part2/ -o profile/
+  kttools profile-experts evaluate BUNDLE --eval law=jsonl:law.jsonl#text --table ds3-nano-6-static
+      --policies flat:6,ser:5:0.79 -o judged/
   kttools profile-experts install BUNDLE profile/experts.expert-table.json
 A bundle that is called like a step is written ./collect.
 """
@@ -60,6 +66,21 @@ class Means(click.ParamType):
             return tuple(float(part) for part in str(value).split(",") if part.strip())
         except ValueError:
             self.fail(f"{value!r}: expected numbers separated by commas, as 4,5,7", param)
+
+
+class PlainPolicies(click.ParamType):
+    """Comma-separated policies given by their parameters."""
+
+    name = "policies"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple["PlainPolicy", ...]:
+        from kttools.profiling.plain_policies import parse_plain
+
+        if isinstance(value, tuple):
+            return value
+        return tuple(parse_plain(part) for part in str(value).split(",") if part.strip())
 
 
 def _several(*decorators: Any) -> Any:
@@ -182,11 +203,18 @@ def allocate(ctx: click.Context, **given: Any) -> None:
     steps.allocate(_picked(ctx, given), **given)
 
 
-@command.command(short_help="A table against the full model.")
+@command.command(short_help="Tables and policies against the full model.")
 @options.model_argument
 @click.option(
     "--eval", "evaluation", multiple=True, required=True, metavar="SPEC", help="Text, one per domain."
 )
+@click.option(
+    "--table", "tables", multiple=True, metavar="FILE|NAME", help="A table to judge; needs no profile."
+)
+@click.option(
+    "--policies", type=PlainPolicies(), default="", metavar="POLICY,...",
+    help="Policies to judge: flat:K, flat-alpha:K:A, ser:KMIN:T, top-p:P.",
+)  # fmt: skip
 @_output
 @_window
 @_goal
@@ -195,7 +223,13 @@ def allocate(ctx: click.Context, **given: Any) -> None:
 @options.json_option
 @click.pass_context
 def evaluate(ctx: click.Context, **given: Any) -> None:
-    """Judge the table in DIR (-o) and its rivals; the exit code is 6 when it does not pass."""
+    """Judge the table in DIR (-o) and its rivals; the exit code is 6 when it does not pass.
+
+    With --table or --policies those are judged instead, and DIR needs no profile: it gets evaluation.json and
+    summary.md. The exit code is then 6 when a table's mean KL is above --max-kl.
+    """
+    if given["tables"] or given["policies"]:
+        _refuse_goal(ctx)
     steps.evaluate(_picked(ctx, given), **given)
 
 
@@ -220,6 +254,14 @@ def install(**given: Any) -> None:
 def export(**given: Any) -> None:
     """Write hot experts, logical counts and llama.cpp's override of a profiled directory."""
     steps.export(**given)
+
+
+def _refuse_goal(ctx: click.Context) -> None:
+    """What asks for a table of a profile means nothing to tables that are there."""
+    for name in ("mean_experts", "kind", "name", "pareto"):
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{option} is for the table of a profile; leave it out with --table", ctx)
 
 
 def _picked(ctx: click.Context, given: dict[str, Any]) -> str:

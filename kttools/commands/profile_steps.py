@@ -11,6 +11,7 @@ from kttools.progress import TokenProgress
 
 if TYPE_CHECKING:
     from kttools.profiling.gather import Job
+    from kttools.profiling.plain_policies import PlainPolicy
 
 
 def everything(model: str, evaluation: tuple[str, ...], output: Path, **given: Any) -> None:
@@ -49,8 +50,19 @@ def allocate(model: str, output: Path, as_json: bool, **given: Any) -> None:
     _print(as_json, {"table": str(path), "kl_on_probes": chosen.measured.kl_mean})
 
 
-def evaluate(model: str, evaluation: tuple[str, ...], output: Path, as_json: bool, **given: Any) -> None:
+def evaluate(
+    model: str,
+    evaluation: tuple[str, ...],
+    output: Path,
+    as_json: bool,
+    tables: tuple[str, ...] = (),
+    policies: tuple["PlainPolicy", ...] = (),
+    **given: Any,
+) -> None:
     """Tables and baselines against the full model, then the report. Raises QualityGateError."""
+    if tables or policies:
+        _judge(model, evaluation, output, as_json, tables, policies, **given)
+        return
     from kttools.profiling import run
     from kttools.profiling.gather import TextLimits
 
@@ -151,6 +163,41 @@ def _goal(run: Any, given: dict[str, Any]) -> Any:
     return run.Goal(given["mean_experts"], given["kind"], given["name"], given.get("max_kl"))
 
 
+def _judge(
+    model: str,
+    evaluation: tuple[str, ...],
+    output: Path,
+    as_json: bool,
+    tables: tuple[str, ...],
+    policies: tuple["PlainPolicy", ...],
+    **given: Any,
+) -> None:
+    """Any tables and policies, without a profile. Raises QualityGateError for a table above the floor."""
+    from kttools.model_source import resolve_model
+    from kttools.profiling.gather import TextLimits
+    from kttools.profiling.judge_any import judge_any
+    from kttools_runtime.errors import QualityGateError
+
+    document = judge_any(
+        _runner(model, given),
+        resolve_model(model),
+        evaluation,
+        output,
+        TextLimits(given["window"], given["eval_tokens"]),
+        tables,
+        policies,
+        given["max_kl"],
+        options.notice,
+    )
+    if as_json:
+        names = ("policies", "comparisons", "floor")
+        _print(True, {"directory": str(output), **{name: document[name] for name in names}})
+    else:
+        _print_policies(document)
+    if document["floor"] and not document["floor"]["pass"]:
+        raise QualityGateError(f"{output}: {'; '.join(document['floor']['reasons'])}")
+
+
 def _finish(as_json: bool, document: dict[str, Any], output: Path) -> None:
     from kttools_runtime.errors import QualityGateError
 
@@ -158,12 +205,16 @@ def _finish(as_json: bool, document: dict[str, Any], output: Path) -> None:
     if as_json:
         _print(True, {"directory": str(output), "verdict": verdict, "policies": document["policies"]})
     else:
-        for policy in document["policies"]:
-            pooled = policy["metrics"]["pooled"]
-            click.echo(f"{policy['label']:44} {policy['k_mean']:.3f} experts  KL {pooled['kl_mean']:.5f}")
+        _print_policies(document)
         click.echo(f"verdict for the {verdict['policy']} table: {'pass' if verdict['pass'] else 'no pass'}")
     if not verdict["pass"]:
         raise QualityGateError(f"{output}: the table does not pass: {'; '.join(verdict['reasons'])}")
+
+
+def _print_policies(document: dict[str, Any]) -> None:
+    for policy in document["policies"]:
+        pooled = policy["metrics"]["pooled"]
+        click.echo(f"{policy['label']:44} {policy['k_mean']:.3f} experts  KL {pooled['kl_mean']:.5f}")
 
 
 def _print(as_json: bool, document: dict[str, Any]) -> None:

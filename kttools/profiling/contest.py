@@ -8,6 +8,7 @@ from .candidates import Allocation, Say
 from .evaluate import Contender, Evaluation, pareto_point
 from .layerwise import Policies
 from .measure import Judge, Measured
+from .plain_policies import flat_rule
 from .policies import Baselines
 
 # The baselines that the verdict is about, the first of them the flat one.
@@ -60,7 +61,7 @@ def pareto(
     recipe, made = recipe_of(allocation.static.policies), allocation.adaptive.policies
     judge = evaluation.judge
     rows = {
-        "flat": Baselines.flat_rule(allocator.layers, mean),
+        "flat": flat_rule(allocator.layers, mean),
         "flat-alpha": allocator.flat(mean, Recipe(order="choice")),
         "static": allocator.static(mean, recipe),
         "adaptive": allocator.adaptive(mean, recipe_of(made), sigma_of(made)),

@@ -31,21 +31,13 @@ class Contender:
     is_baseline: bool
 
 
-class Evaluation:
-    """All contenders on the same documents, and the comparisons between them.
-
-    mean: the realised mean number of experts they are compared at.
-    """
+class Comparison:
+    """All contenders on the same documents, and the comparisons between them."""
 
     def __init__(
-        self,
-        judge: Judge,
-        contenders: list[Contender],
-        mean: float,
-        speeds: Mapping[str, Speed] | None = None,
+        self, judge: Judge, contenders: list[Contender], speeds: Mapping[str, Speed] | None = None
     ) -> None:
         self.judge = judge
-        self.mean = mean
         self.speeds = speeds or {}
         self.contenders = {c.name: c for c in contenders}
         documents = contenders[0].measured.documents
@@ -90,10 +82,10 @@ class Evaluation:
         change = _column(rows, "nll") - _column(rows, "nll_full")
         loss = interval(*self.bootstrap.ratio(change, self.tokens, domain))
         token_kl = [k for d, ks in measured.token_kl.items() if domain in (None, d) for k in ks]
-        chosen = [row for row in rows if domain in (None, row.domain)]
-        tokens = sum(row.tokens for row in chosen)
+        top1 = interval(*self.bootstrap.ratio(_column(rows, "top1"), self.tokens, domain))
+        overlap = interval(*self.bootstrap.ratio(_column(rows, "overlap"), self.tokens, domain))
         return {
-            "tokens": tokens,
+            "tokens": sum(row.tokens for row in rows if domain in (None, row.domain)),
             "kl_mean": kl.value,
             "kl_low": kl.low,
             "kl_high": kl.high,
@@ -101,8 +93,12 @@ class Evaluation:
             "perplexity_ratio": float(np.exp(loss.value)),
             "perplexity_ratio_low": float(np.exp(loss.low)),
             "perplexity_ratio_high": float(np.exp(loss.high)),
-            "top1_agreement": sum(row.top1 for row in chosen) / tokens,
-            "overlap": sum(row.overlap for row in chosen) / tokens,
+            "top1_agreement": top1.value,
+            "top1_agreement_low": top1.low,
+            "top1_agreement_high": top1.high,
+            "overlap": overlap.value,
+            "overlap_low": overlap.low,
+            "overlap_high": overlap.high,
         }
 
     def compare(self, name: str, against: str) -> list[dict[str, Any]]:
@@ -141,6 +137,55 @@ class Evaluation:
             row["is_better"] = is_sure and row["kl_difference"] < 0
         return rows
 
+    def facts(self, comparisons: list[dict[str, Any]]) -> dict[str, Any]:
+        """What evaluation.json says whoever was judged."""
+        policies = [self.policy_document(c) for c in self.contenders.values()]
+        full = self.speeds.get("full")
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "tool": {"name": "kttools", "version": __version__},
+            "k_mean_tolerance": MEAN_TOLERANCE,
+            "reference": {
+                "k_mean": float(self.judge.runner.config.num_experts_per_tok),
+                "perplexity": self._reference_perplexity(),
+                "tokens_per_second": None if full is None else full.prefill,
+                "decode_tokens_per_second": None if full is None else full.decode,
+            },
+            "policies": policies,
+            "comparisons": comparisons,
+            "pareto": [pareto_point(p) for p in policies],
+            "bootstrap": {
+                "replicates": REPLICATES,
+                "confidence": CONFIDENCE,
+                "seed": SEED,
+                "unit": "document",
+            },
+        }
+
+    def _reference_perplexity(self) -> dict[str, Any]:
+        rows = next(iter(self.contenders.values())).measured.documents
+
+        def perplexity(domain: str | None) -> float:
+            chosen = [row for row in rows if domain in (None, row.domain)]
+            return float(np.exp(sum(r.nll_full for r in chosen) / sum(r.tokens for r in chosen)))
+
+        return {"pooled": perplexity(None), "domains": {d: perplexity(d) for d in self.domains}}
+
+
+class Evaluation(Comparison):
+    """The certificate of tables. mean: the realised mean number of experts they are compared at."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        contenders: list[Contender],
+        mean: float,
+        speeds: Mapping[str, Speed] | None = None,
+    ) -> None:
+        super().__init__(judge, contenders, speeds)
+        self.mean = mean
+
     def verdict(self, name: str, comparisons: list[dict[str, Any]], max_kl: float | None) -> dict[str, Any]:
         """PASS: at the asked mean, surely below every baseline compared with, surely worse in no domain, and
         the floor held. comparisons: those of the policy with the baselines that count."""
@@ -172,47 +217,18 @@ class Evaluation:
         others = [name for name in self.contenders if name not in judged and name != compared[0]]
         comparisons = [row for name in judged for against in compared for row in self.compare(name, against)]
         comparisons += [row for name in others for row in self.compare(name, compared[0])]
-        policies = [self.policy_document(c) for c in self.contenders.values()]
-        full = self.speeds.get("full")
         verdicts = {
             name: self.verdict(name, [row for row in comparisons if row["policy"] == name], max_kl)
             for name in judged
         }
         return {
-            "format": FORMAT,
-            "version": VERSION,
-            "tool": {"name": "kttools", "version": __version__},
+            **self.facts(comparisons),
             **facts,
             "table": table,
             "k_mean_target": self.mean,
-            "k_mean_tolerance": MEAN_TOLERANCE,
-            "reference": {
-                "k_mean": float(self.judge.runner.config.num_experts_per_tok),
-                "perplexity": self._reference_perplexity(),
-                "tokens_per_second": None if full is None else full.prefill,
-                "decode_tokens_per_second": None if full is None else full.decode,
-            },
-            "policies": policies,
-            "comparisons": comparisons,
-            "pareto": [pareto_point(p) for p in policies],
-            "bootstrap": {
-                "replicates": REPLICATES,
-                "confidence": CONFIDENCE,
-                "seed": SEED,
-                "unit": "document",
-            },
             "verdicts": verdicts,
             "verdict": verdicts[table],
         }
-
-    def _reference_perplexity(self) -> dict[str, Any]:
-        rows = next(iter(self.contenders.values())).measured.documents
-
-        def perplexity(domain: str | None) -> float:
-            chosen = [row for row in rows if domain in (None, row.domain)]
-            return float(np.exp(sum(r.nll_full for r in chosen) / sum(r.tokens for r in chosen)))
-
-        return {"pooled": perplexity(None), "domains": {d: perplexity(d) for d in self.domains}}
 
 
 def pareto_point(policy: dict[str, Any]) -> dict[str, Any]:

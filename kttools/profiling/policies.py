@@ -8,9 +8,9 @@ from torch import Tensor
 
 from kttools_runtime.expert_policy import LayerPolicy
 
-from .knapsack import share_evenly
 from .layerwise import LayerRunner, Policies, Window
 from .measure import Judge, Measured
+from .plain_policies import counted_rule, flat_rule
 
 MEAN_TOLERANCE = 0.01
 SER_MINIMA = (1, 3, 5)
@@ -63,20 +63,8 @@ class Baselines:
         self._offset = 0.0
 
     def flat(self, mean: float) -> Policies:
-        """See flat_rule."""
-        return self.flat_rule(list(self.choices), mean)
-
-    @staticmethod
-    def flat_rule(layers: list[int], mean: float) -> Policies:
-        """The first k of the router's order, renormalised: what --experts K runs.
-
-        A mean that is no whole number is spread evenly over the layers.
-        """
-        ks = share_evenly(mean, len(layers))
-        return {
-            i: LayerPolicy(kind="uniform", k=k, order="choice", renormalize=True)
-            for i, k in zip(layers, ks, strict=True)
-        }
+        """See plain_policies.flat_rule."""
+        return flat_rule(list(self.choices), mean)
 
     def ser(self, mean: float) -> tuple[str, Policies, Measured]:
         """-ser Kmin,t: ranks from Kmin on need t times the best biased score.
@@ -166,14 +154,4 @@ class Baselines:
         return kept / len(self.choices)
 
     def _rule(self, kind: str, order: str, threshold: float, k_min: int, renormalize: bool) -> Policies:
-        return {
-            i: LayerPolicy(
-                kind=kind,
-                order=order,
-                threshold=threshold,
-                k_min=k_min,
-                k_max=self.native,
-                renormalize=renormalize,
-            )
-            for i in self.choices
-        }
+        return counted_rule(list(self.choices), self.native, kind, order, threshold, k_min, renormalize)

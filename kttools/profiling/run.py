@@ -105,7 +105,7 @@ def evaluate_step(
     facts = {
         "fingerprint": runner.fingerprint,
         "model": profile.header["model"],
-        "data": {s.domain: _data_facts(s, chosen, set(profile.stats)) for s in specs},
+        "data": {s.domain: data_facts(s, chosen, set(profile.stats)) for s in specs},
         "ingredients": allocation.chosen,
         "calibration": found.calibration,
     }
@@ -190,7 +190,8 @@ def _certificate(document: dict[str, Any], kind: str, evaluation: Evaluation) ->
     }
 
 
-def _data_facts(spec: DataSpec, chosen: list[Window], profiled: set[str]) -> dict[str, Any]:
+def data_facts(spec: DataSpec, chosen: list[Window], profiled: set[str] | None) -> dict[str, Any]:
+    """What was judged on. profiled: the domains that the tables were made from; None: not known."""
     own = [w for w in chosen if w.domain == spec.domain]
     origin = data_provenance(spec)
     if not spec.is_hub:
@@ -199,6 +200,6 @@ def _data_facts(spec: DataSpec, chosen: list[Window], profiled: set[str]) -> dic
     return {
         "documents": len({w.document for w in own}),
         "tokens": sum(len(w.token_ids) for w in own),
-        "profiled": spec.domain in profiled,
+        "profiled": None if profiled is None else spec.domain in profiled,
         "provenance": origin,
     }

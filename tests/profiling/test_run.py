@@ -19,6 +19,8 @@ from kttools.profiling.measure import Judge
 from kttools.profiling.profile_file import read_profile
 from kttools_runtime.errors import CorruptFileError, InvalidInputError, UsageError
 
+from .test_schemas import check
+
 GOAL = run.Goal(mean=6.0, name="t")
 JUDGED = TextLimits(64, 300)
 Judged = tuple[Allocation, dict[str, Any]]
@@ -67,6 +69,10 @@ def test_everyone_is_measured_at_the_mean(judged: Judged) -> None:
     assert document["data"]["prose"]["profiled"] is True
     assert document["data"]["c"]["profiled"] is False
     assert document["data"]["c"]["provenance"]["spec"] == "c=jsonl:c.jsonl#text"
+
+
+def test_the_evaluation_follows_the_schema(judged: Judged, directory: Path) -> None:
+    check("expert-evaluation", json.loads((directory / "evaluation.json").read_text()))
 
 
 def test_tables_carry_their_certificates(

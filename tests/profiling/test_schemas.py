@@ -68,7 +68,7 @@ def make_profile(origin: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["expert-table", "expert-profile"])
+@pytest.mark.parametrize("name", ["expert-table", "expert-profile", "expert-evaluation"])
 def test_schemas_are_schemas(name: str) -> None:
     jsonschema.Draft202012Validator.check_schema(schema(name))
 

@@ -47,11 +47,12 @@ def render_markdown(facts: Facts) -> str:
     lines += [f"- {sentence}" for sentence in (*found.sentences, *found.reasons)]
     rows = policy_rows(facts)
     if rows:
-        lines += ["", "## Every policy", "", *_table(POLICY_COLUMNS, rows)]
+        lines += ["", "## Every policy", "", *markdown_table(POLICY_COLUMNS, rows)]
     if facts.k_per_layer:
         layers = [[str(layer), f"{k:.2f}", _sensitivity(facts, layer)] for layer, k in facts.k_per_layer]
-        lines += ["", "## Experts per layer", "", *_table(["layer", "k", "sensitivity (nats)"], layers)]
-    lines += ["", "## Domains", "", *_table(["domain", "documents", "tokens"], _domains(facts))]
+        columns = ["layer", "k", "sensitivity (nats)"]
+        lines += ["", "## Experts per layer", "", *markdown_table(columns, layers)]
+    lines += ["", "## Domains", "", *markdown_table(["domain", "documents", "tokens"], _domains(facts))]
     return "\n".join(lines) + "\n"
 
 
@@ -65,5 +66,6 @@ def _domains(facts: Facts) -> list[list[str]]:
     return [[name, f"{entry['documents']:,}", f"{entry['tokens']:,}"] for name, entry in rows]
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
     return [f"| {' | '.join(columns)} |", f"|{'--|' * len(columns)}", *(f"| {' | '.join(r)} |" for r in rows)]
