@@ -66,18 +66,11 @@ def judge_any(
     specs = parse_specs(data)
     chosen = [w for spec in specs for w in domain_windows(runner, spec, limits)]
     judge = Judge(runner, chosen, MeasuredFiles(output / MEASURED_DIR, runner.fingerprint, chosen))
-    contenders = []
-    for name, label, policies, is_table in entries:
-        measured = judge.measure(policies)
-        contenders.append(Contender(name, label, policies, measured, not is_table))
-        say(f"{label}: {measured.k_mean():.3f} experts, KL {measured.kl_mean:.5f}")
+    contenders = _measured(judge, entries, say)
     timed = speeds(runner, {"full": {}, **{c.name: c.policies for c in contenders}}, chosen)
     comparison = Comparison(judge, contenders, timed)
-    pairs = _pairs(contenders, [p.text for p in plain if p.is_flat])
-    for contender in contenders:
-        if not contender.is_baseline and contender.name not in dict(pairs):
-            k_mean = contender.measured.k_mean()
-            say(f"{contender.label}: compared with no flat k, none given has its mean of {k_mean:.3f}")
+    native = runner.config.num_experts_per_tok
+    pairs = _pairs(contenders, [p.text for p in plain if p.is_flat], native, say)
     rows = [row for name, flat in pairs for row in comparison.compare(name, flat)]
     document = comparison.facts(rows) | {
         "model": {"name": bundle.name},
@@ -138,16 +131,36 @@ def _check(entries: Sequence[Entry], output: Path) -> None:
         raise UsageError(f"two tables or policies are called {twice[0]!r}; rename or remove one")
 
 
-def _pairs(contenders: Sequence[Contender], flats: Sequence[str]) -> list[tuple[str, str]]:
-    """Who is compared with which flat k: those whose realised mean is its own."""
+def _measured(judge: Judge, entries: Sequence[Entry], say: Say) -> list[Contender]:
+    contenders = []
+    for name, label, policies, is_table in entries:
+        measured = judge.measure(policies)
+        contenders.append(Contender(name, label, policies, measured, not is_table))
+        say(f"{label}: {measured.k_mean():.3f} experts, KL {measured.kl_mean:.5f}")
+    return contenders
+
+
+def _pairs(
+    contenders: Sequence[Contender], flats: Sequence[str], native: int, say: Say
+) -> list[tuple[str, str]]:
+    """Who is compared with which flat k: those whose realised mean is its own.
+
+    The flat k of all native experts is the full model: there is nothing to compare with.
+    """
     means = {c.name: c.measured.k_mean() for c in contenders}
-    return [
+    rivals = [flat for flat in flats if means[flat] < native]
+    pairs = [
         (name, flat)
         for name in means
         if name not in flats
-        for flat in flats
+        for flat in rivals
         if abs(means[name] - means[flat]) <= MEAN_TOLERANCE
     ]
+    for contender in contenders:
+        if not contender.is_baseline and contender.name not in dict(pairs):
+            k_mean = means[contender.name]
+            say(f"{contender.label}: compared with no flat k, none given has its mean of {k_mean:.3f}")
+    return pairs
 
 
 def _floor(contenders: Sequence[Contender], max_kl: float | None) -> dict[str, Any] | None:

@@ -112,12 +112,13 @@ def test_equal_means_are_compared_and_others_are_not(found: Found) -> None:
 def test_thresholds_drop_more_experts_the_stricter_they_are(
     runner: LayerRunner, nano_bundle: Path, samples_dir: Path, tmp_path: Path
 ) -> None:
-    texts = ["ser:1:0", "ser:1:0.6", "ser:1:1", "top-p:1", "top-p:0.5", "flat:5.5"]
+    texts = ["ser:1:0", "ser:1:0.6", "ser:1:1", "top-p:1", "top-p:0.5", "flat:5.5", "flat:8"]
     plain = [parse_plain(text) for text in texts]
     document = judge_any(runner, nano_bundle, specs(samples_dir)[:1], tmp_path, LIMITS, [], plain)
     means = [p["k_mean"] for p in document["policies"]]
     assert means[0] == 8 > means[1] > means[2] >= 1
     assert means[3] > means[4] >= 1
+    assert document["comparisons"] == []  # flat:8 is the full model: its KL of zero divides nothing
     assert means[5] == pytest.approx(5.5, abs=1 / (2 * len(runner.config.moe_layers)) + 1e-9)
 
 
