@@ -30,6 +30,7 @@ COMMANDS: dict[str, Entry] = {
     "profile-experts": Entry(
         "kttools.commands.profile_experts:command", "Find out what fewer experts per token cost."
     ),
+    "plan": Entry("kttools.commands.plan:command", "Show what a model would take, and at most give."),
     "chat": Entry("kttools.commands.chat:command", "Talk to a model, or answer one prompt."),
     "inspect": Entry("kttools.commands.inspect:command", "Show what is in a bundle, checkpoint or pack."),
     "verify": Entry("kttools.commands.verify:command", "Check every byte of a bundle."),

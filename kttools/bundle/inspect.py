@@ -225,6 +225,11 @@ def _parameters(config: ModelConfig) -> dict[Role, int]:
     return dict(found)
 
 
+def parameter_counts(config: ModelConfig) -> dict[str, Any]:
+    """Parameters of a model with this config; see _parameter_summary."""
+    return _parameter_summary(config, _parameters(config))
+
+
 def _expert_parameters(config: ModelConfig) -> int:
     return 3 * config.hidden_size * config.moe_intermediate_size
 

@@ -15,6 +15,7 @@ from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
 from . import deepseek_v2, deepseek_v3, glm4_moe, mixtral, qwen2_moe, qwen3_moe
 from .base import Family, Role, TensorSpec
 from .canonical import canonical_tensors
+from .declared import DeclaredWeights
 from .source import SourceModel, TensorSource
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TensorSpec",
     "canonical_tensors",
     "detect",
+    "open_config",
     "open_model",
 ]
 
@@ -73,20 +75,34 @@ def open_model(path: str | Path, gguf_path: str | Path | None = None) -> SourceM
     if not directory.is_dir():
         raise InvalidInputError(f"{path}: no such model directory")
     config_file = directory / "config.json"
-    config = strict_json.read_object(config_file, MAX_CONFIG_BYTES)
-    family = detect(config, str(config_file))
-    readable = {key: value for key, value in config.items() if key != "quantization_config"}
-    generation_file = directory / "generation_config.json"
-    generation = (
-        strict_json.read_object(generation_file, MAX_CONFIG_BYTES) if generation_file.exists() else {}
-    )
-    model_config, notices = _read_config(family, readable, generation, str(config_file))
+    config, family, model_config, notices = _read_directory(config_file)
     if gguf_path is not None:
         gguf = open_gguf(gguf_path, with_tokenizer=False)
         notices += gguf.notices
         return SourceModel(Path(gguf_path), family, model_config, config, notices, gguf.weights, directory)
     checkpoint = open_checkpoint(directory, config.get("quantization_config"), str(config_file))
     return SourceModel(directory, family, model_config, config, notices, checkpoint, directory)
+
+
+def open_config(directory: Path) -> SourceModel:
+    """The model a directory's config.json describes, weights or not: sizes only, a read raises."""
+    config_file = directory / "config.json"
+    config, family, model_config, notices = _read_directory(config_file)
+    weights = DeclaredWeights(family, model_config, config_file)
+    return SourceModel(directory, family, model_config, config, notices, weights, directory)
+
+
+def _read_directory(config_file: Path) -> tuple[dict[str, Any], Family, ModelConfig, list[str]]:
+    """config.json as it is, its family, the canonical config, and notices."""
+    config = strict_json.read_object(config_file, MAX_CONFIG_BYTES)
+    family = detect(config, str(config_file))
+    readable = {key: value for key, value in config.items() if key != "quantization_config"}
+    generation_file = config_file.parent / "generation_config.json"
+    generation = (
+        strict_json.read_object(generation_file, MAX_CONFIG_BYTES) if generation_file.exists() else {}
+    )
+    model_config, notices = _read_config(family, readable, generation, str(config_file))
+    return config, family, model_config, notices
 
 
 def _open_gguf(path: Path) -> SourceModel:

@@ -42,6 +42,11 @@ def plan_nodes(
     """What load() with these options will do, from the bundle's sizes alone. Raises as load_manifest does."""
     manifest = load_manifest(bundle)
     total = sum(manifest.files[expert.file].bytes for expert in manifest.experts.values())
+    return share_nodes(total, numa, threads, simulated_nodes)
+
+
+def share_nodes(total: int, numa: str, threads: int | None, simulated_nodes: int = 0) -> NumaPlan:
+    """The same for `total` bytes of expert packs that need not exist yet."""
     available = simulated_nodes or len(_kernels.numa_nodes())
     mode = resolve_mode(numa, available)
     workers = env.default_threads() if threads is None else threads

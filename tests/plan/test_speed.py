@@ -1,0 +1,49 @@
+"""Upper bounds against the same arithmetic by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kttools.bench.roofline import Ceilings
+from kttools.plan.choice import Choice, open_subject
+from kttools.plan.speed import Speed, speed
+from tests.plan.released_v3 import DEEPSEEK_V3
+
+EXPERT_WEIGHTS = 3 * 7168 * 2048
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("v3")
+    (path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    return path
+
+
+def bounds(directory: Path, bandwidth: float, compute: float, cache_len: int = 32768) -> Speed:
+    layout = open_subject(directory).layout(Choice("int8", "int8", cache_len, "off", 1))
+    return speed(layout, cache_len, Ceilings(0.0, bandwidth, compute))
+
+
+def test_decode_reads_chosen_experts_dense_weights_and_cache(directory: Path) -> None:
+    """37.6 B active weights of one byte each; kv_b (1.02 B) takes two."""
+    found = bounds(directory, 100e9, 1e18)
+    active = 37.55e9 - 129280 * 7168  # as stated with the embedding
+    assert found.decode_bytes == pytest.approx(active + 61 * 128 * 256 * 512, rel=0.01)
+    assert found.decode_tokens_s == pytest.approx(100e9 / found.decode_bytes)
+    full = found.decode_bytes + 32768 * 61 * 576 * 2
+    assert found.full_cache_tokens_s == pytest.approx(100e9 / full)
+
+
+def test_prefill_multiplies_active_weights(directory: Path) -> None:
+    found = bounds(directory, 1e18, 50e12)
+    active = 37.55e9 - 2 * 129280 * 7168  # without embedding and head
+    assert found.token_ops == pytest.approx(2 * active, rel=0.005)
+    assert found.prefill_tokens_s == pytest.approx(50e12 / found.token_ops)
+
+
+def test_a_slow_memory_bounds_prefill_by_one_read_per_chunk(directory: Path) -> None:
+    found = bounds(directory, 1e9, 1e18)
+    assert found.chunk_bytes >= 58 * 256 * EXPERT_WEIGHTS
+    assert found.prefill_tokens_s == pytest.approx(1024 * 1e9 / found.chunk_bytes)
+    assert bounds(directory, 1e9, 1e18, cache_len=1).chunk_bytes < found.chunk_bytes / 10
