@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import click
@@ -126,9 +127,14 @@ def _run(
 
 
 def _available() -> int:
+    """RAM the kernel can give without swapping, at most a container's limit."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    from kttools.doctor import cgroup_memory
+
+    available = int(psutil.virtual_memory().available)
+    limit = cgroup_memory(Path("/"))
+    return available if limit is None else min(available, limit)
 
 
 def _ceilings(bandwidth: float | None, tops: float | None, choice: Any, compute_format: str) -> Any:

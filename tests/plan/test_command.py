@@ -106,3 +106,14 @@ def test_what_is_not_given_is_measured(
     bounds = json.loads(capsys.readouterr().out)["upper_bounds"]
     assert bounds["bandwidth_bytes_s"] == 7e9
     assert 1e9 < bounds["compute_ops_s"] < 1e15
+
+
+def test_a_container_limits_what_is_free(
+    nano_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kttools import doctor
+
+    monkeypatch.setattr(doctor, "cgroup_memory", lambda root: 200 << 20)
+    code, document = as_json(capsys, str(nano_bundle))
+    assert code == 4
+    assert document["ram_limit_bytes"] == 200 << 20
