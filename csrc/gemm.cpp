@@ -72,11 +72,12 @@ void strip_by_strip(const KernelTable& kernels, Arithmetic arithmetic, const Wei
     for (int step = 0; step < tiling.k_steps; step += tiling.block_steps) {
       args.k_steps = std::min(tiling.block_steps, tiling.k_steps - step);
       const int later = std::min(tiling.block_steps, tiling.k_steps - step - args.k_steps);
-      const size_t offset = steps_offset(weights.shape, step + args.k_steps);
-      args.prefetch_b = later ? weights.strip(strip) + offset : next_strip;
-      args.prefetch_b_bytes = later ? steps_offset(weights.shape, step + args.k_steps + later) - offset
-                                    : steps_offset(weights.shape, tiling.block_steps);
-      if (args.from_memory) args.prefetch_b_bytes = 0;
+      if (!args.from_memory) {
+        const size_t offset = steps_offset(weights.shape, step + args.k_steps);
+        args.prefetch_b = later ? weights.strip(strip) + offset : next_strip;
+        args.prefetch_b_bytes = later ? steps_offset(weights.shape, step + args.k_steps + later) - offset
+                                      : steps_offset(weights.shape, tiling.block_steps);
+      }
       args.a = a.data + step * step_bytes;
       args.b = tile_weights(kernels, weights, strip, step, args.k_steps, scratch);
       args.accumulate = step > 0;

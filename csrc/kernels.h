@@ -51,7 +51,7 @@ struct TileArgs {
   int k_steps;
   void* c;  // [tiles * tile_rows][32] int32 or float
   bool accumulate;
-  bool from_memory;           // b may be in no cache, and one pair of tiles does not leave the time to fetch ahead
+  bool from_memory;           // b may be in no cache: the first pass asks for it one k-step ahead
   const uint8_t* prefetch_b;  // weights wanted next, touched evenly; may be null
   size_t prefetch_b_bytes;
   const uint8_t* prefetch_a;  // the next K block of the activations: one run of prefetch_a_bytes
