@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <sstream>
 #include <stdexcept>
 
 namespace kt {
@@ -57,7 +58,11 @@ void ExpertQueue::sync(ExpertCall& call) noexcept {
   if (!call.is_queued && !call.is_done) fail("a call was awaited that was not submitted");
   const auto until = start + std::chrono::duration_cast<Clock::duration>(timeout_);
   const bool is_over = finished_.wait_until(lock, until, [&] { return !call.is_queued || !error_.empty(); });
-  if (!is_over) fail("the experts of a layer took longer than " + std::to_string(timeout_.count()) + " s");
+  if (!is_over) {
+    std::ostringstream seconds;
+    seconds << timeout_.count();
+    fail("the experts of a layer took longer than " + seconds.str() + " s");
+  }
   call.is_done = false;
   stats_.waited_s += seconds_since(start);
 }

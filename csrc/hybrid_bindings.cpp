@@ -132,8 +132,8 @@ void bind_hybrid(py::module_& m) {
       .def(py::init(&make_call), py::arg("queue"), py::arg("layer"), py::arg("x"), py::arg("ids"), py::arg("weights"),
            py::arg("out"))
       .def_property_readonly("address", &address_of)
-      .def_property(
-          "rows", [](const BoundCall& self) { return self.call.rows; }, &set_rows)
+      .def_property_readonly("rows", [](const BoundCall& self) { return self.call.rows; })
+      .def("set_rows", &set_rows, py::arg("rows"))
       .def(
           "submit", [](BoundCall& self) { kt_submit_call(&self.call); }, py::call_guard<py::gil_scoped_release>())
       .def("sync", [](BoundCall& self) { kt_sync_call(&self.call); }, py::call_guard<py::gil_scoped_release>());

@@ -3,7 +3,7 @@
 KTTOOLS_ISA         name of the kernel table to force (see `kttools doctor`); an unknown name is an error
 KTTOOLS_CPU_INFER   number of CPU threads of the expert engine when no option says otherwise
 KTTOOLS_DEVICE_LINEAR    kind of int4 and int8 linears on a device: auto (default), packed, triton or dense
-KTTOOLS_ENGINE_TIMEOUT   seconds a device waits for the experts of one layer before the step fails (default 60)
+KTTOOLS_ENGINE_TIMEOUT   seconds a device waits for one layer's experts before the step fails (default 60)
 XDG_CACHE_HOME      where calibrations of this machine are kept, in kttools/ (default ~/.cache)
 """
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..cache import KVCache
-from ..config import ModelConfig
+from kttools_runtime.cache import KVCache
+from kttools_runtime.config import ModelConfig
+
 from .decode import DecodeStep
 
 

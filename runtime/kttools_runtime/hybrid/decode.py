@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import _kernels
-from ..mlp import GatedMLP
+from kttools_runtime import _kernels
+from kttools_runtime.mlp import GatedMLP
+
 from .handoff import HandoffBuffers
 from .mixture import Mixture
 from .static_attention import StaticStep, attend, step_masks, window_of
 from .streams import Stream, make_stream
 
 if TYPE_CHECKING:
-    from ..model import DecoderLayer
+    from kttools_runtime.model import DecoderLayer
+
     from .model import HybridModel
 
 # Steps look at 256 cached tokens, or twice as many, and so on: a captured graph for each.
@@ -111,7 +113,7 @@ class DecodeStep:
             index: LayerStep(model, mixture, model.device_of(min(index + 1, last)))
             for index, mixture in model.mixtures.items()
         }
-        self.parts = [self._part(index, capacity) for index in range(len(model.devices.names))]
+        self.parts = [self._part(index, capacity) for index in sorted(set(model.layer_devices))]
         self.logits = torch.zeros(1, model.config.vocab_size, device=self.parts[-1].hidden.device)
 
     def run(self, row: Tensor, position: int) -> Tensor:
@@ -140,7 +142,7 @@ class DecodeStep:
         return self.logits[0]
 
     def _issue(self, part: Part, seen: int) -> Callable[[], None]:
-        """The first step of a size is issued operation by operation, the second captured; then it is replayed.
+        """The first step of a size is issued operation by operation, the second captured, then replayed.
 
         A capture in the simulation runs the computations, so it must come before the step's own hidden state,
         and writes the cache row that the step itself then writes.
@@ -171,9 +173,7 @@ class DecodeStep:
         if part is self.parts[-1]:
             stream.compute(lambda: self.logits.copy_(self.model.head(part.hidden)))
 
-    def _layer(
-        self, part: Part, index: int, layer: "DecoderLayer", step: StaticStep, stream: Stream
-    ) -> None:
+    def _layer(self, part: Part, index: int, layer: "DecoderLayer", step: StaticStep, stream: Stream) -> None:
         hidden, cache = part.hidden, self.caches[index]
 
         def first_half() -> None:

@@ -1,11 +1,10 @@
-"""Which devices a model is spread over, and which layers each one gets."""
+"""The devices a model is spread over, and what they are called."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import HardwareError, ResourceError, UsageError
+from kttools_runtime.errors import HardwareError, UsageError
 
 MAX_DEVICES = 16
 EXPECTED = "expected cpu, cuda:N, a list like cuda:0,cuda:1, or simulated devices cpu:0,cpu:1"
@@ -24,11 +23,10 @@ class Devices:
             return tuple(torch.device("cpu") for _ in self.names)
         return tuple(torch.device(name) for name in self.names)
 
-    def free_bytes(self) -> list[int] | None:
-        """Free memory of each device; None for simulated ones, which have no memory of their own."""
-        if self.is_simulated:
-            return None
-        return [torch.cuda.mem_get_info(device)[0] for device in self.torch_devices]
+    @property
+    def cuda_indices(self) -> tuple[int, ...]:
+        """Of real devices; () for simulated ones, which have no memory of their own."""
+        return () if self.is_simulated else tuple(device.index for device in self.torch_devices)
 
 
 def parse_devices(text: str) -> Devices | None:
@@ -59,37 +57,3 @@ def _number(name: str, text: str) -> int:
     if ":" in name and not number.isdecimal():
         raise UsageError(f"unknown device {text!r}: {EXPECTED}")
     return int(number)
-
-
-def distribute(layer_bytes: Sequence[int], budgets: Sequence[int] | None, count: int) -> list[int]:
-    """The device of every layer: contiguous runs, none above its budget, the fullest as empty as can be.
-
-    budgets: bytes for layers on each device; None: as much as wanted, shared evenly. Raises ResourceError
-    when the layers do not fit.
-    """
-    total = sum(layer_bytes)
-    shares = [total / count] * count if budgets is None else _shares(total, budgets)
-    placed: list[int] = []
-    device, used, passed = 0, 0, 0.0
-    for index, size in enumerate(layer_bytes):
-        left = len(layer_bytes) - index
-        is_over = budgets is not None and used + size > budgets[device]
-        is_enough = passed + used + size / 2 > sum(shares[: device + 1]) and used > 0
-        if device + 1 < count and (is_over or is_enough or left < count - device):
-            passed += used
-            device, used = device + 1, 0
-        used += size
-        placed.append(device)
-        if budgets is not None and used > budgets[device]:
-            raise ResourceError(
-                f"{total / 1e9:.2f} GB of layers do not fit into {sum(budgets) / 1e9:.2f} GB of device "
-                "memory: use more devices, a shorter cache or smaller shards"
-            )
-    return placed
-
-
-def _shares(total: int, budgets: Sequence[int]) -> list[float]:
-    whole = sum(budgets)
-    if whole <= 0:
-        raise ResourceError("the devices have no memory left for the model's layers")
-    return [total * budget / whole for budget in budgets]

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .. import _kernels
-from ..errors import EngineError, UsageError
-from ..experts import ExpertLayer, as_numpy
-from ..moe import RoutedExperts
+from kttools_runtime import _kernels
+from kttools_runtime.errors import EngineError, UsageError
+from kttools_runtime.experts import ExpertLayer, as_numpy
+from kttools_runtime.moe import RoutedExperts
 
 
 class HandoffBuffers:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import UnsupportedModelError
-from ..weights import LinearWeights
+from kttools_runtime.errors import UnsupportedModelError
+from kttools_runtime.weights import LinearWeights
+
 from .linears import expand_int4
 from .untile import ExpertCodes, PackFile
 
@@ -125,7 +126,8 @@ class HotExperts:
             weight, scale = parts["weight"].to(self.dtype), None
         elif "group_scale" in parts:
             names = ("qweight", "group_scale", "group_zero")
-            weight = expand_int4(*(parts[name] for name in names), self.dtype)[..., : x.shape[1]]
+            q, group_scale, zero = (parts[name] for name in names)
+            weight = expand_int4(q, group_scale, zero, self.dtype)[..., : x.shape[1]]
             scale = parts["row_scale"]
         else:
             weight, scale = parts["qweight"].to(self.dtype), parts["row_scale"]

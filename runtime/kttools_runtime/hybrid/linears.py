@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import env
-from ..errors import UsageError
-from ..linear import Linear, TorchLinear
-from ..weights import LinearWeights
+from kttools_runtime import env
+from kttools_runtime.errors import UsageError
+from kttools_runtime.linear import Linear, TorchLinear
+from kttools_runtime.weights import LinearWeights
 
 # Rows from which an int4 or int8 matrix is expanded to bf16 once for a matrix product: a packed kernel reads
 # it for a few rows at a time, and a product of many is bound by arithmetic. An assumption, not measured.
@@ -36,7 +36,16 @@ def expand_int4(qweight: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype
 class PackedInt4Linear:
     """torch's packed int4 product; x [num_tokens, K] float32 -> [num_tokens, N] float32."""
 
-    __slots__ = ("bias", "dtype", "group_size", "in_features", "out_features", "packed", "row_scale", "scales")
+    __slots__ = (
+        "bias",
+        "dtype",
+        "group_size",
+        "in_features",
+        "out_features",
+        "packed",
+        "row_scale",
+        "scales",
+    )
 
     def __init__(
         self, matrix: LinearWeights, device: torch.device, dtype: torch.dtype, bias: Tensor | None
@@ -77,7 +86,7 @@ class PackedInt4Linear:
 
 
 class CodesLinear:
-    """int8 or int4 codes as the shard has them, expanded for many rows, or multiplied by our Triton kernel."""
+    """int8 or int4 codes as the shard has them: expanded for many rows, or through our Triton kernel."""
 
     __slots__ = ("bias", "dtype", "in_features", "is_triton", "parts", "row_scale")
 
@@ -110,11 +119,13 @@ class CodesLinear:
         """[N, K] without the rows' scales: integers of at most 8 bits, exact in bfloat16."""
         if len(self.parts) == 1:
             return self.parts["qweight"].to(self.dtype)
-        codes = (self.parts[name] for name in ("qweight", "group_scale", "group_zero"))
-        return expand_int4(*codes, self.dtype)[:, : self.in_features]
+        q, scale, zero = (self.parts[name] for name in ("qweight", "group_scale", "group_zero"))
+        return expand_int4(q, scale, zero, self.dtype)[:, : self.in_features]
 
 
-def linear_maker(device: torch.device, dtype: torch.dtype) -> Callable[[LinearWeights, Tensor | None], Linear]:
+def linear_maker(
+    device: torch.device, dtype: torch.dtype
+) -> Callable[[LinearWeights, Tensor | None], Linear]:
     """Makes the linears of one device. KTTOOLS_DEVICE_LINEAR forces a kind.
 
     float32: the dequantised matrix, the reference. Raises UsageError for an unknown kind, or Triton where
@@ -141,7 +152,7 @@ def linear_maker(device: torch.device, dtype: torch.dtype) -> Callable[[LinearWe
 
 
 def _fastest(form: str, is_packed: bool, device: torch.device) -> str:
-    """"packed", "triton" or "codes": measured once a process on CUDA, with one row of a square matrix."""
+    """ "packed", "triton" or "codes": measured once a process on CUDA, with one row of a square matrix."""
     if device.type != "cuda":
         return "packed" if is_packed else "codes"
     from .triton_kernels import has_triton

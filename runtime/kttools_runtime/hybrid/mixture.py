@@ -1,4 +1,4 @@
-"""A mixture of experts with the routed ones on the CPU, some on the device, and some of those delivered late."""
+"""A mixture of experts: routed ones on the CPU, some on the device, some of the CPU's delivered late."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..moe import MoELayer
+from kttools_runtime.moe import MoELayer
+
 from .handoff import Courier, HandoffBuffers, take_down
 from .hot import HotExperts
 from .prefill import Prefill
@@ -91,7 +92,7 @@ class Mixture:
         take_down(buffers.weights[:, : weights.shape[1]], weights)
         if x.is_cuda:
             torch.cuda.current_stream(x.device).synchronize()
-        self._call.rows = len(x)
+        self._call.set_rows(len(x))
         self._call.submit()
         extra = beside() if beside is not None else None
         self._call.sync()

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention import Step
-from ..cache import KVCache
-from ..config import ModelConfig
-from ..errors import InvalidInputError, UsageError
-from ..linear import Linear, Placement
-from ..mlp import GatedMLP
-from ..model import DecoderLayer, Model
-from ..norm import RMSNorm
-from ..rope import Rope
-from ..torch_threads import set_torch_threads
+from kttools_runtime.attention import Step
+from kttools_runtime.cache import KVCache
+from kttools_runtime.config import ModelConfig
+from kttools_runtime.errors import InvalidInputError, UsageError
+from kttools_runtime.linear import Linear, Placement
+from kttools_runtime.mlp import GatedMLP
+from kttools_runtime.model import DecoderLayer, Model
+from kttools_runtime.norm import RMSNorm
+from kttools_runtime.rope import Rope
+from kttools_runtime.torch_threads import set_torch_threads
+
 from .cache import HybridCache
 from .decode import DecodeStep
 from .handoff import Courier, HandoffBuffers
@@ -24,7 +25,7 @@ from .mixture import Mixture
 from .options import HybridOptions
 
 if TYPE_CHECKING:
-    from ..expert_table import ExpertTable
+    from kttools_runtime.expert_table import ExpertTable
 
 
 class HybridModel(Model):

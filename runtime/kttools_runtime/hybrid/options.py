@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from ..config import ModelConfig
-from ..errors import UsageError
+from kttools_runtime.config import ModelConfig
+from kttools_runtime.errors import UsageError
+
 from .devices import Devices
 from .prefill import POLICIES
 
@@ -22,9 +23,8 @@ class HybridOptions:
     def check(self, config: ModelConfig) -> None:
         """Raises UsageError for what this model or these devices cannot do."""
         if not 0 <= self.defer_experts < max(1, config.num_experts_per_tok):
-            raise UsageError(
-                f"defer_experts must be 0 to {max(0, config.num_experts_per_tok - 1)}, got {self.defer_experts}"
-            )
+            most = max(0, config.num_experts_per_tok - 1)
+            raise UsageError(f"defer_experts must be 0 to {most}, got {self.defer_experts}")
         if self.prefill not in POLICIES:
             raise UsageError(f"prefill must be one of {', '.join(POLICIES)}, got {self.prefill!r}")
         if len(self.devices.names) > config.num_hidden_layers:

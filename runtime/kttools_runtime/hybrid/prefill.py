@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import env, strict_json
-from ..errors import CorruptFileError, UsageError
-from ..moe import RoutedExperts
+from kttools_runtime import env, strict_json
+from kttools_runtime.errors import CorruptFileError, UsageError
+from kttools_runtime.moe import RoutedExperts
+
 from .hot import add_experts, gated
 from .untile import PackFile
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..attention import LatentAttention
-from ..errors import UnsupportedModelError
-from ..gqa import GroupedQueryAttention
-from ..rope import rotate_
+from kttools_runtime.attention import LatentAttention
+from kttools_runtime.errors import UnsupportedModelError
+from kttools_runtime.gqa import GroupedQueryAttention
+from kttools_runtime.rope import rotate_
 
 
 @dataclass(slots=True)
 class StaticStep:
-    """position: int64 [1]. rotations: complex64 [1, 1, rope / 2]. seen: tokens of the cache that are looked at.
+    """position: int64 [1]. rotations: complex64 [1, 1, rope / 2]. seen: cached tokens that are looked at.
 
     masks: float [1, seen], 0 or minus infinity, by window (None: no window).
     """
@@ -101,12 +101,13 @@ def _grouped(attention: GroupedQueryAttention, x: Tensor, step: StaticStep, cach
     keys, values = cache[: step.seen].view(step.seen, 2, kv_heads, dim).permute(1, 2, 0, 3)[:, None]
     grouped = query.to(attention.dtype).view(1, kv_heads, -1, dim)
     mask = step.masks[attention.window].expand(grouped.shape[2], -1)
-    if attention.sinks is None:
+    sinks = getattr(attention, "sinks", None)
+    if sinks is None:
         attended = functional.scaled_dot_product_attention(
             grouped, keys, values, attn_mask=mask, scale=config.softmax_scale
         )
     else:
-        attended = _attend_with_sinks(grouped, keys, values, mask, config.softmax_scale, attention.sinks)
+        attended = _attend_with_sinks(grouped, keys, values, mask, config.softmax_scale, sinks)
     return attention.o_proj(attended.reshape(1, -1).to(torch.float32))
 
 

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import _kernels
-from ..errors import EngineError
-from ..experts import as_numpy
+from kttools_runtime import _kernels
+from kttools_runtime.errors import EngineError
+from kttools_runtime.experts import as_numpy
+
 from .recorder import recorded
 
 Work = Callable[[], object]

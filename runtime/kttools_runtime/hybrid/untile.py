@@ -1,4 +1,4 @@
-"""Experts of a pack as row-major codes on a device: the bytes travel, the device puts them in order (PACK.md)."""
+"""Experts of a pack as row-major codes on a device: the bytes travel, the device orders them (PACK.md)."""
 
 import os
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import _kernels
-from ..pack import PackHeader, format_names, read_pack_header
-from ..weights import LinearWeights
+from kttools_runtime import _kernels
+from kttools_runtime.pack import PackHeader, format_names, read_pack_header
+from kttools_runtime.weights import LinearWeights
 
 COLUMNS, TILES = 16, 2  # columns of a tile, tiles of a strip
 INT4_GROUPS = {"int4_g32": 32, "int4_g64": 64, "int4_g128": 128}
@@ -45,7 +45,7 @@ class PackFile:
         staging = torch.empty(entry.bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            view, position = memoryview(staging.numpy()), 0
+            view, position = staging.numpy().data, 0
             while position < entry.bytes:
                 count = os.preadv(descriptor, [view[position:]], entry.offset + position)
                 if count == 0:
