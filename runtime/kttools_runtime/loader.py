@@ -4,14 +4,16 @@ from pathlib import Path
 
 import torch
 
+from .config import ModelConfig
 from .errors import HardwareError, UsageError
 from .expert_table import locate_table
-from .experts import ExpertEngine
+from .experts import ExpertEngine, ExpertLayer
 from .linear import Placement
 from .manifest import Manifest, load_manifest
 from .model import Model, build_model
 from .moe import RoutedExperts
 from .shards import ShardWeights
+from .weights import WeightSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: torch.bfloat16}
 
@@ -78,6 +80,7 @@ def _load(
         # bits. bf16 experts among them need it for the matrix unit.
         is_bf16 = "bf16" in manifest.experts[layer].names
         mapped = engine.layer_from_pack(manifest.expert_path(layer))
+        configure_experts(mapped, manifest.model, shards, layer)
         return RoutedExperts(mapped, dtype if is_bf16 else torch.float32)
 
     return build_model(
@@ -90,6 +93,18 @@ def _load(
         tokenizer_dir=manifest.root / "tokenizer",
         stream_layers=stream_layers,
     )
+
+
+def configure_experts(experts: ExpertLayer, config: ModelConfig, source: WeightSource, layer: int) -> None:
+    """The biases and the gate of a layer's experts, which a pack does not hold."""
+    if config.expert_bias:
+        count, inner = config.n_routed_experts, config.moe_intermediate_size
+        widths = {"gate_proj": inner, "up_proj": inner, "down_proj": config.hidden_size}
+        prefix = f"model.layers.{layer}.mlp.experts."
+        biases = (source.tensor(f"{prefix}{name}_bias", (count, width)) for name, width in widths.items())
+        experts.set_biases(*(bias.to(torch.float32) for bias in biases))
+    if config.swiglu_alpha is not None and config.swiglu_limit is not None:
+        experts.set_swiglu(config.swiglu_alpha, config.swiglu_limit)
 
 
 def _device(name: str) -> torch.device:
