@@ -14,7 +14,7 @@ from kttools_runtime.numa import NumaPlan, share_nodes
 
 from .layout import DenseTensor, Layout
 
-FLOAT_ROLES = frozenset({Role.NORM, Role.ROUTER, Role.ROUTER_BIAS, Role.ATTENTION_BIAS, Role.EXPERT_BIAS})
+FLOAT_ROLES = frozenset({Role.NORM, Role.ROUTER, Role.ROUTER_BIAS, Role.ATTENTION_BIAS})
 
 
 @dataclass(frozen=True, slots=True)
