@@ -1,12 +1,12 @@
-"""Our kernels without AMX beside llama.cpp's built for the same instruction set: one MoE layer, call by call in turns.
+"""Our kernels without AMX beside llama.cpp's for the same instruction set: one MoE layer, calls in turns.
 
     python benchmarks/isa.py --isa avx512 --peer ggml_layer-avx512 [--shape v3] [--format int8] [-t 2]
 
-The peer is benchmarks/ggml_layer.cpp linked to a ggml that was compiled for that instruction set and nothing above it
-(benchmarks/README.md has the commands). It stands against int8 with Q8_0 and against int4 with Q4_0 and Q4_K, both
-repacked, as llama.cpp does by default, and as they lie in a file (its --no-repack), which for experts is often faster;
-weights in huge pages, on as many threads. Its output's size is checked
-against theory, so that a broken build cannot pass for a slow one. `peer / ours` is the ratio of medians.
+The peer is benchmarks/ggml_layer.cpp linked to a ggml that was compiled for that instruction set and nothing
+above it (benchmarks/README.md has the commands). It stands against int8 with Q8_0 and against int4 with Q4_0
+and Q4_K, both repacked, as llama.cpp does by default, and as they lie in a file (its --no-repack), which for
+experts is often faster; weights in huge pages, on as many threads. Its output's size is checked against
+theory, so that a broken build cannot pass for a slow one. `peer / ours` is the ratio of medians.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TOLERANCE = 0.1
 
 
 def expected_rms(top_k: int) -> float:
-    """Of the layer's output: unit rows, fan-in scaled weights, all experts alike, router weights uniform in [0, 1)."""
+    """Of the output: unit rows, weights scaled by fan-in, all experts alike, router weights in [0, 1)."""
     gate = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     density = torch.exp(-gate * gate / 2)
     silu_squared = float((torch.nn.functional.silu(gate) ** 2 * density).sum() / density.sum())
@@ -70,7 +70,7 @@ class GgmlPeer:
         self._expected = expected_rms(shape.top_k)
 
     def call(self, num_tokens: int) -> tuple[float, int]:
-        """(seconds, experts hit) of one call with fresh ids. Raises EngineError for an output of the wrong size."""
+        """(seconds, experts hit) of one call with fresh ids. Raises EngineError for a wrong output."""
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(f"{num_tokens}\n")
