@@ -7,7 +7,7 @@ import torch
 
 from . import _kernels, env
 from .errors import HardwareError, InvalidInputError, UsageError
-from .numa import resolve_mode
+from .numa import engine_mode
 
 # What a user asks for, and the pack format it means. Layer errors: g32 0.13,
 # g64 0.145, g128 0.16.
@@ -48,6 +48,17 @@ class ExpertLayer:
     def node_bytes(self) -> list[int]:
         """Bytes of weights that each memory node multiplies (with replicate: holds)."""
         return list(self.native.node_bytes)
+
+    def set_biases(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+        """What is added to the matrices' outputs. gate, up: [E, I]; down: [E, H]; all float32."""
+        try:
+            self.native.set_biases(as_numpy(gate), as_numpy(up), as_numpy(down))
+        except ValueError as error:
+            raise InvalidInputError(f"expert biases: {error}") from None
+
+    def set_swiglu(self, alpha: float, limit: float) -> None:
+        """From now on g * sigmoid(alpha g) * (u + 1), g = min(gate, limit) and u = up within +-limit."""
+        self.native.set_gate(alpha, limit, 1.0)
 
     def make_resident(self) -> None:
         """Bring every node's weights into memory, from threads of that node."""
@@ -94,7 +105,7 @@ class ExpertEngine:
         threads = env.default_threads() if threads is None else threads
         if not 1 <= threads <= 1024:
             raise UsageError(f"threads must be 1 to 1024, got {threads}")
-        mode = resolve_mode(numa, simulated_nodes or len(_kernels.numa_nodes()))
+        mode = engine_mode(numa)
         try:
             self.native = _kernels.Engine(threads, isa or env.forced_isa(), mode, simulated_nodes)
         except ValueError as error:
