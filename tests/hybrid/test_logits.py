@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import kttools_runtime as kt
-from kttools_runtime.errors import HardwareError, UsageError
+from kttools_runtime.errors import HardwareError, UnsupportedModelError, UsageError
 from kttools_runtime.hybrid import decode
 from kttools_runtime.hybrid.devices import parse_devices
 from kttools_runtime.hybrid.model import HybridModel
@@ -62,7 +62,15 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(("family", "case"), PATHS)
 def test_every_family(families: Any, family: str, case: str) -> None:
     bundle, tokens, expected = families(family, case)
-    model = kt.load(bundle, device="cpu,cpu", dtype="float32", threads=1, prefill="cpu", gpu_experts="2")
+    options: dict[str, Any] = {"device": "cpu,cpu", "dtype": "float32", "threads": 1}
+    if family == "gpt_oss":
+        with pytest.raises(UnsupportedModelError, match="gpu-experts: this model's experts have biases"):
+            kt.load(bundle, **options, gpu_experts="2")
+        with pytest.raises(UnsupportedModelError, match="prefill gpu: this model's experts have biases"):
+            kt.load(bundle, **options, prefill="gpu")
+    else:
+        options |= {"gpu_experts": "2", "prefill": "cpu"}
+    model = kt.load(bundle, **options)
     assert isinstance(model, HybridModel)
     assert_close(model.logits(tokens), expected, TOL)
     assert_close(decoded(model, tokens, 20), expected[19:], TOL)

@@ -28,7 +28,7 @@ def hot_experts(
     """Expert ids by layer, sorted. Raises UsageError, InvalidInputError, ResourceError."""
     if options.gpu_experts is None or not packs:
         return {}
-    if getattr(config, "expert_bias", False) or getattr(config, "swiglu_limit", None) is not None:
+    if not has_plain_experts(config):
         raise UnsupportedModelError("gpu-experts: this model's experts have biases or another gate")
     wanted, file = parse_request(options.gpu_experts)
     counts: dict[int, Tensor] = {}
@@ -45,6 +45,11 @@ def hot_experts(
     for layers in runs:
         chosen |= most_used(counts, layers, config.n_routed_experts, number * len(layers))
     return chosen
+
+
+def has_plain_experts(config: ModelConfig) -> bool:
+    """Whether experts are down(silu(gate) * up) without biases, which is all that a device computes."""
+    return not config.expert_bias and config.swiglu_limit is None
 
 
 def parse_request(text: str) -> tuple[int | None, Path | None]:

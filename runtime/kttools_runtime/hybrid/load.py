@@ -4,7 +4,7 @@ import torch
 
 from kttools_runtime import _kernels, env
 from kttools_runtime.device_footprint import DeviceFootprint, device_footprints
-from kttools_runtime.errors import HardwareError
+from kttools_runtime.errors import HardwareError, UnsupportedModelError
 from kttools_runtime.experts import ExpertEngine
 from kttools_runtime.footprint import stored_tensors
 from kttools_runtime.linear import Linear, LinearSpec, Placement, TorchLinear
@@ -14,7 +14,7 @@ from kttools_runtime.model import DEFAULT_CACHE_LEN, DecoderLayer, build_layer, 
 from kttools_runtime.moe import MoELayer
 from kttools_runtime.shards import ShardWeights
 
-from .choose import hot_experts
+from .choose import has_plain_experts, hot_experts
 from .handoff import Courier
 from .hot import HotExperts
 from .linears import linear_maker
@@ -47,7 +47,7 @@ def load_hybrid(
         Placement(shards, device, dtype, None, linear_maker(device, dtype))
         for device in options.devices.torch_devices
     ]
-    experts = expert_source(manifest, dtype, engine)
+    experts = expert_source(manifest, shards, dtype, engine)
     layers = [
         build_layer(config, placements[placed[index]], index, experts, num_experts)
         for index in range(config.num_hidden_layers)
@@ -96,6 +96,11 @@ def _mixtures(
     config = manifest.model
     packs = {index: PackFile(manifest.expert_path(index)) for index in config.moe_layers}
     chosen = hot_experts(options, config, packs, footprints)
+    policy = options.prefill
+    if not has_plain_experts(config):
+        if policy == "gpu":
+            raise UnsupportedModelError("prefill gpu: this model's experts have biases or another gate")
+        policy = "cpu"
     mixtures = {}
     for index, pack in packs.items():
         layer = layers[index].mlp
@@ -106,7 +111,7 @@ def _mixtures(
         if chosen.get(index):
             hot = HotExperts(pack, chosen[index], device, dtype, device.type == "cuda" and _has_triton())
         defer = 0 if index == config.num_hidden_layers - 1 else options.defer_experts
-        prefill = Prefill(options.prefill, pack, dtype, engine.threads, engine.isa)
+        prefill = Prefill(policy, pack, dtype, engine.threads, engine.isa)
         mixtures[index] = Mixture(layer, courier, hot, defer, prefill)
     return mixtures
 

@@ -14,6 +14,7 @@ from kttools_runtime.attention import LatentAttention
 from kttools_runtime.errors import UnsupportedModelError
 from kttools_runtime.gqa import GroupedQueryAttention
 from kttools_runtime.rope import rotate_
+from kttools_runtime.sinks import attend as attend_heads
 
 
 @dataclass(slots=True)
@@ -101,21 +102,7 @@ def _grouped(attention: GroupedQueryAttention, x: Tensor, step: StaticStep, cach
     keys, values = cache[: step.seen].view(step.seen, 2, kv_heads, dim).permute(1, 2, 0, 3)[:, None]
     grouped = query.to(attention.dtype).view(1, kv_heads, -1, dim)
     mask = step.masks[attention.window].expand(grouped.shape[2], -1)
-    sinks = getattr(attention, "sinks", None)
-    if sinks is None:
-        attended = functional.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=mask, scale=config.softmax_scale
-        )
-    else:
-        attended = _attend_with_sinks(grouped, keys, values, mask, config.softmax_scale, sinks)
+    attended = attend_heads(
+        grouped, keys, values, mask=mask, scale=config.softmax_scale, sinks=attention.sinks
+    )
     return attention.o_proj(attended.reshape(1, -1).to(torch.float32))
-
-
-def _attend_with_sinks(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, sinks: Tensor
-) -> Tensor:
-    """query [1, kv_heads, group, dim]; sinks [kv_heads, group]: a logit per head that has no value."""
-    scores = torch.matmul(query, keys.mT).to(torch.float32).mul_(scale).add_(mask)
-    whole = torch.cat((scores, sinks[None, ..., None].to(torch.float32)), dim=-1)
-    shares = whole.softmax(dim=-1)[..., :-1]
-    return torch.matmul(shares.to(values.dtype), values)
