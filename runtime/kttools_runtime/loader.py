@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .config import ModelConfig
+from .env import bound_kernel_caches
 from .errors import HardwareError, UsageError
 from .expert_table import locate_table
 from .experts import ExpertEngine, ExpertLayer
@@ -49,6 +50,7 @@ def load(
     told the sizes first. Raises UsageError, HardwareError, ResourceError, InvalidInputError and its
     subclasses.
     """
+    bound_kernel_caches()
     where = _device(device)
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be float32 or bfloat16, got {dtype!r}")
@@ -58,7 +60,7 @@ def load(
         raise UsageError("an expert table and a number of experts are both given: use one of them")
     if stream_layers and expert_table != "none":
         raise UsageError('layers that are streamed run the native router: expert_table must be "none"')
-    manifest = load_manifest(path)
+    manifest = load_manifest(path, allow_partial=stream_layers)
     asked = "none" if num_experts is not None else expert_table
     table = locate_table(asked, manifest.path, list(manifest.files))
     engine = ExpertEngine(threads, isa, numa)
@@ -118,7 +120,7 @@ def _load(
     def experts(layer: int) -> RoutedExperts:
         # int8 and int4 kernels quantise their input themselves: rounding it to bf16 first would only lose
         # bits. bf16 experts among them need it for the matrix unit.
-        is_bf16 = "bf16" in manifest.experts[layer].names
+        is_bf16 = "bf16" in manifest.expert_file(layer).names
         mapped = engine.layer_from_pack(manifest.expert_path(layer))
         configure_experts(mapped, manifest.model, shards, layer)
         return RoutedExperts(mapped, dtype if is_bf16 else torch.float32)
