@@ -10,8 +10,8 @@ from torch import Tensor
 from .errors import InvalidInputError
 
 # The int8 kernels sum a whole row of products in int32: |activation| <= 127 and |weight| <= 128, for int8 as
-# for int4, whose s q - z fits int8. Floats and GGUF's blocks, which have a float scale every 32 to 256 inputs,
-# have no such bound.
+# for int4, whose s q - z fits int8. Floats and GGUF's blocks (a float scale every 32 to 256 inputs) have no
+# such bound.
 MAX_SUM_INPUTS = (2**31 - 1) // (127 * 128)  # 132104
 
 # Suffixes in a shard, by format; "float" is an unquantised matrix (BF16, or F16/F32 as the source had it).
