@@ -8,6 +8,7 @@
 #include "arrays.h"
 #include "ceilings.h"
 #include "cpu_features.h"
+#include "dequantize_bindings.h"
 #include "dispatch.h"
 #include "hybrid_bindings.h"
 #include "linear.h"
@@ -335,6 +336,7 @@ PYBIND11_MODULE(_kernels, m) {
       .def_property_readonly("in_features", &PackedLinear::in_features)
       .def_property_readonly("nbytes", &PackedLinear::nbytes)
       .def("forward", &linear_forward, py::arg("x"), py::arg("out"));
+  bind_dequantize(m);
   bind_steps(m);
   bind_hybrid(m);
 }
