@@ -81,7 +81,7 @@ def test_hot_experts_leave_their_pack_bytes_alone(nano_bundle: Path, tmp_path: P
 
 
 def test_packs_are_mapped_once_and_clean(nano_bundle: Path) -> None:
-    """One clean mapping for each pack after load, prefill and decode, with hot experts or not."""
+    """Clean, shared mappings of the packs after load, prefill and decode: no second copy of a page."""
     model = kt.load(nano_bundle, device="cpu:0,cpu:1", threads=1, prefill="cpu")
     cache = model.new_cache(32)
     model.prefill(range(16), cache)
