@@ -57,7 +57,7 @@ const FormatInfo& format_by_name(const std::string& name) {
 
 std::string ExpertFormat::name() const {
   const std::string first = format_info(gate_up).name;
-  return gate_up == down ? first : first + "+" + format_info(down).name;
+  return gate_up == down ? first : first + "_" + format_info(down).name;
 }
 
 std::vector<ExpertFormat> block_expert_formats() {

@@ -52,7 +52,9 @@ POSITIVE = click.FloatRange(min=0, min_open=True, max=1e9)
 )
 @options.cpu_infer_option
 @click.option(
-    "--cpu-format", type=click.Choice(CPU_FORMATS), help="Format of the routed experts [default: int8]."
+    "--cpu-format",
+    type=click.Choice(CPU_FORMATS),
+    help="Format of the routed experts [default: as quantize].",
 )
 @click.option(
     "--gpu-format", type=click.Choice(("int4", "int8", "bf16")), help="Format of the rest [default: int4]."
@@ -95,7 +97,7 @@ def _run(
     from kttools.plan.memory import default_cache_len
     from kttools.plan.report import Report, render, to_dict
     from kttools.plan.speed import speed
-    from kttools.quantize.recipe import DEFAULT_CPU_FORMAT, DEFAULT_GPU_FORMAT
+    from kttools.quantize.recipe import DEFAULT_GPU_FORMAT
     from kttools_runtime.env import default_threads
 
     path = resolve_model(model, may_fetch=False)
@@ -103,7 +105,7 @@ def _run(
     for line in subject.notices:
         options.notice(line)
     if not subject.is_bundle:
-        cpu_format, gpu_format = cpu_format or DEFAULT_CPU_FORMAT, gpu_format or DEFAULT_GPU_FORMAT
+        cpu_format, gpu_format = cpu_format or subject.default_cpu_format, gpu_format or DEFAULT_GPU_FORMAT
     threads = default_threads() if cpu_infer is None else cpu_infer
     choice = Choice(cpu_format, gpu_format, cache_lens or 1, numa, threads)
     layout = subject.layout(choice)

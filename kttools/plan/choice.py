@@ -9,6 +9,7 @@ from typing import Protocol
 from kttools.checkpoint.gguf import is_gguf
 from kttools.families import SourceModel, open_config, open_model
 from kttools.model_source import is_bundle
+from kttools.quantize.blocks import default_cpu_format
 from kttools.quantize.recipe import DEFAULT_GROUP_SIZE
 from kttools_runtime.errors import UsageError
 from kttools_runtime.experts import pack_format
@@ -17,6 +18,7 @@ from .layout import CPU_FORMATS, GPU_FORMATS, Layout, bundle_layout, source_layo
 from .memory import RamPlan, ram_plan
 
 SHORTEST_CACHE = 2048
+BELOW_KEPT = ("int4_g64", "int4_g128")  # what is smaller than the blocks of a Q4_K_M file
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Subject(Protocol):
 
     is_bundle: bool
     notices: list[str]
+    default_cpu_format: str | None
 
     def layout(self, choice: Choice) -> Layout: ...
 
@@ -43,6 +46,7 @@ class BundleSubject:
     """A bundle on disk."""
 
     is_bundle = True
+    default_cpu_format: str | None = None
 
     def __init__(self, path: Path) -> None:
         self.notices: list[str] = []
@@ -62,6 +66,7 @@ class SourceSubject:
 
     def __init__(self, source: SourceModel) -> None:
         self.notices = source.notices
+        self.default_cpu_format: str | None = default_cpu_format(source)
         self._layout = cache(
             lambda cpu, gpu: source_layout(source, pack_format(cpu), gpu, DEFAULT_GROUP_SIZE)
         )
@@ -107,7 +112,8 @@ def _below(name: str | None, names: tuple[str, ...]) -> tuple[str | None, ...]:
     if name is None:
         return (None,)
     full = name if name in names else pack_format(name)
-    return (name, *names[names.index(full) + 1 :])
+    smaller = names[names.index(full) + 1 :] if full in names else BELOW_KEPT
+    return (name, *smaller)
 
 
 def _shorter(cache_len: int) -> Iterator[int]:
