@@ -62,7 +62,8 @@ RouterKind router_kind(const std::string& name) {
 
 std::unique_ptr<Over<Router>> make_router(std::shared_ptr<Engine> engine, const std::string& kind, int groups,
                                           int top_groups, int k, bool normalise, float scale, const py::array& weight,
-                                          const std::optional<py::array>& bias) {
+                                          const std::optional<py::array>& bias,
+                                          const std::optional<py::array>& logit_bias) {
   if (weight.ndim() != 2) fail("weight must have 2 dimensions, got " + shape_text(weight));
   const RouterShape shape = {router_kind(kind),
                              checked_int(weight.shape(0), "experts"),
@@ -73,7 +74,8 @@ std::unique_ptr<Over<Router>> make_router(std::shared_ptr<Engine> engine, const 
                              normalise,
                              scale};
   const float* data = read<float>(weight, "weight", {shape.num_experts, shape.hidden_size});
-  return keep({weight}, Router(std::move(engine), shape, data, floats_of(bias, "bias")));
+  return keep({weight},
+              Router(std::move(engine), shape, data, floats_of(bias, "bias"), floats_of(logit_bias, "logit_bias")));
 }
 
 void route(Over<Router>& self, const py::array& x, py::array ids, py::array weights) {
@@ -158,7 +160,8 @@ void bind_steps(py::module_& m) {
   m.attr("MAX_STEP_ROWS") = kMaxStepRows;
   py::class_<Over<Router>>(m, "Router")
       .def(py::init(&make_router), py::arg("engine"), py::arg("kind"), py::arg("groups"), py::arg("top_groups"),
-           py::arg("k"), py::arg("normalise"), py::arg("scale"), py::arg("weight"), py::arg("bias") = py::none())
+           py::arg("k"), py::arg("normalise"), py::arg("scale"), py::arg("weight"), py::arg("bias") = py::none(),
+           py::arg("logit_bias") = py::none())
       .def("forward", &route, py::arg("x"), py::arg("ids"), py::arg("weights"));
   py::class_<Over<DenseStep>>(m, "DenseStep")
       .def(py::init(&make_dense), py::arg("engine"), py::arg("norm"), py::arg("gate_up"), py::arg("down"))

@@ -28,8 +28,18 @@ EDGE_BYTES = 1 << 20
 def resolve_model(text: str, may_fetch: bool = True) -> Path:
     """The directory or GGUF file MODEL names. Raises InvalidInputError or DownloadError.
 
-    may_fetch: a hub id that is not in the local cache is pulled, if the user agrees (see on_demand).
+    may_fetch: a hub id that is not in the local cache is pulled, if the user agrees (see on_demand); and a
+    bundle must bear the signature that the user's configuration asks for.
     """
+    path = _find_model(text, may_fetch)
+    if may_fetch and is_bundle(path):
+        from .trust_options import check_configured
+
+        check_configured(path)
+    return path
+
+
+def _find_model(text: str, may_fetch: bool) -> Path:
     path = Path(text).expanduser()
     if path.is_dir():
         return path

@@ -309,8 +309,7 @@ def _router_tensors(layer: DecoderLayer) -> tuple[Tensor, ...]:
     moe = _moe(layer)
     if moe is None:
         raise AssertionError("config.moe_layers names a dense layer")
-    router = moe.router
-    return (router.weight,) if router.bias is None else (router.weight, router.bias)
+    return moe.router.tensors
 
 
 def _attention(config: ModelConfig, placement: Placement, layer: int) -> Attention:
