@@ -28,7 +28,7 @@ def _pack_problems(manifest: Manifest, present: Set[str]) -> Iterator[str]:
             continue
         expected = {
             "layer": layer,
-            "num_experts": model.n_routed_experts,
+            "num_experts": manifest.pack_experts,
             "hidden_size": model.hidden_size,
             "moe_intermediate_size": model.moe_intermediate_size,
         }

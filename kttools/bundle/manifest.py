@@ -14,12 +14,13 @@ from kttools_runtime.manifest import (
     ExpertFile,
     License,
     Manifest,
+    Subset,
     parse_manifest,
     self_sha256,
 )
 from kttools_runtime.version import __version__
 
-from .atomic import TEMPORARY_SUFFIX, atomic_write_bytes
+from .atomic import TEMPORARY_SUFFIX, atomic_write_bytes, translate_oserror
 from .hashing import FileDigest
 
 
@@ -37,6 +38,7 @@ def build_manifest(
     model_card: str | None = None,
     expert_tables: dict[str, str] | None = None,
     requires: tuple[str, ...] = (),
+    subset: Subset | None = None,
     other: dict[str, Any] | None = None,
 ) -> bytes:
     """The bytes of bundle.json. source_files: path (bare name), bytes, sha256 of what it was made from.
@@ -59,6 +61,7 @@ def build_manifest(
         "experts": {str(layer): expert.to_dict() for layer, expert in experts.items()},
         "expert_tables": expert_tables or {},
         "linears": linears,
+        "subset": subset.to_dict() if subset else None,
         "files": [
             {"path": path, "bytes": d.bytes, "xxh3_128": d.xxh3_128, "sha256": d.sha256}
             for path, d in sorted(files.items())
@@ -77,7 +80,10 @@ def write_manifest(bundle_dir: str | Path, **parts: Any) -> Manifest:
     """
     root = Path(bundle_dir)
     data = build_manifest(**parts)
-    (root / SIGNATURE_NAME).unlink(missing_ok=True)
+    try:
+        (root / SIGNATURE_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise translate_oserror(error, root / SIGNATURE_NAME) from error
     atomic_write_bytes(root / MANIFEST_NAME, data)
     return parse_manifest(data, root)
 
@@ -97,6 +103,7 @@ def manifest_parts(manifest: Manifest) -> dict[str, Any]:
         "model_card": manifest.model_card,
         "expert_tables": manifest.expert_tables,
         "requires": manifest.requires,
+        "subset": manifest.subset,
         "other": manifest.other,
     }
 

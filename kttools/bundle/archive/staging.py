@@ -6,13 +6,14 @@ that a power cut could make lie, and whoever dies at whatever moment leaves some
 
 import contextlib
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kttools.bundle.atomic import flush, translate_oserror
 from kttools.bundle.lock import hold_directory
-from kttools_runtime.errors import UsageError
+from kttools_runtime.errors import ResourceError, UsageError
 
 # A run of zeros this long, aligned, becomes a hole: some blocks of every common file system.
 HOLE_BYTES = 16 << 10
@@ -57,6 +58,24 @@ class Staging:
             with contextlib.suppress(OSError):
                 total += os.lstat(self.root / name).st_blocks * 512
         return total
+
+    def check_space(self, needed: int) -> None:
+        """Raises ResourceError when `needed` bytes are not free where the target will be."""
+        folder = next(path for path in self.target.absolute().parents if path.is_dir())
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise ResourceError(
+                f"{self.target}: needs {needed} bytes, {free} are free; free some space or choose another -o"
+            )
+
+    def write_small(self, name: str, data: bytes) -> None:
+        """A file from memory, flushed."""
+        file = StagedFile(self.root / name, len(data))
+        try:
+            file.write(0, data, with_holes=False)
+            file.flush()
+        finally:
+            file.close()
 
     def finish(self) -> None:
         """Flushes the folders and gives the whole its name; the files are flushed."""

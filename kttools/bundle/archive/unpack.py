@@ -7,7 +7,6 @@ already there, after the same check.
 """
 
 import os
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kttools_runtime.errors import InvalidInputError, ResourceError
+from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.manifest import MANIFEST_NAME, parse_manifest, presence_problem
 
 from .layout import Frame
@@ -24,8 +23,8 @@ from .sink import FileSink, Verdict, Window
 from .staging import StagedFile, Staging
 
 MAX_FILES_AT_ONCE = 4
-# A frame of zeros takes fewer bytes than this; it takes no space where there are holes.
-HOLE_FRAME_BYTES = 1024
+# What shrinks so much is zeros, which take no space where there are holes.
+HOLE_RATIO = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ class Unpacker:
             self.staging.check_target()
             self._take(on_bytes or _ignore)
             for name, data in self.replaced.items():
-                _write_small(self.staging.root / name, data)
+                self.staging.write_small(name, data)
             self.staging.finish()
         return Unpacked(self.staging.target, len(names), self.total_bytes, self._decoded, self._kept)
 
@@ -111,19 +110,13 @@ class Unpacker:
         """Room for all that is not there yet and not a hole; said before the work."""
         needed = sum(self._written_bytes(index) for index in self._decode)
         needed = max(0, needed - self.staging.allocated_bytes(names))
-        folder = next(path for path in self.staging.target.absolute().parents if path.is_dir())
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise ResourceError(
-                f"{self.staging.target}: needs {needed} bytes, {free} are free; "
-                "free some space or choose another -o"
-            )
+        self.staging.check_space(needed)
 
     def _written_bytes(self, index: int) -> int:
         layout = self.archive.layout
         frames = (layout.frame(number) for number in layout.frames_of(index))
         packed = self.archive.packed_bytes
-        return sum(f.bytes for f in frames if f.is_data and packed(f.number) >= HOLE_FRAME_BYTES)
+        return sum(f.bytes for f in frames if f.is_data and packed(f.number) * HOLE_RATIO >= f.bytes)
 
     def _take(self, on_bytes: Callable[[int], object]) -> None:
         """All frames of the chosen members, with a bounded number of them in memory."""
@@ -191,15 +184,6 @@ class Unpacker:
         if frame.is_data:
             file.write(frame.offset, data)
         return data, False
-
-
-def _write_small(path: Path, data: bytes) -> None:
-    file = StagedFile(path, len(data))
-    try:
-        file.write(0, data, with_holes=False)
-        file.flush()
-    finally:
-        file.close()
 
 
 def _ignore(_: int) -> None:
