@@ -5,26 +5,10 @@
 #include <cstdint>
 #include <memory>
 
+#include "latent_head.h"
 #include "step.h"
 
 namespace kt {
-
-struct LatentShape {
-  int heads;
-  int nope;    // qk_nope_head_dim
-  int rope;    // qk_rope_head_dim
-  int value;   // v_head_dim
-  int latent;  // kv_lora_rank
-
-  int key() const { return nope + rope; }
-  int cached() const { return latent + rope; }
-};
-
-// W_UK [heads, nope, latent] and W_UV [heads, value, latent] in bf16, owned by the caller.
-struct LatentWeights {
-  const uint16_t* up_key;
-  const uint16_t* up_value;
-};
 
 class LatentStep {
  public:

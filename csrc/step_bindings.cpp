@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 
+#include "latent_prefill.h"
 #include "latent_step.h"
 #include "router.h"
 #include "step.h"
@@ -117,22 +118,38 @@ void forward_mlp(Over<Step>& self, py::array hidden) {
   self.value.forward(data, rows);
 }
 
+LatentShape latent_shape(const py::array& up_key, const py::array& up_value, int rope) {
+  if (up_key.ndim() != 3 || up_value.ndim() != 3) fail("up_key and up_value must have 3 dimensions");
+  return {checked_int(up_key.shape(0), "heads"), checked_int(up_key.shape(1), "nope"), checked_int(rope, "rope"),
+          checked_int(up_value.shape(1), "value"), checked_int(up_key.shape(2), "latent")};
+}
+
+LatentWeights latent_weights(const LatentShape& shape, const py::array& up_key, const py::array& up_value) {
+  return {read<uint16_t>(up_key, "up_key", {shape.heads, shape.nope, shape.latent}),
+          read<uint16_t>(up_value, "up_value", {shape.heads, shape.value, shape.latent})};
+}
+
 std::unique_ptr<Over<LatentStep>> make_latent(std::shared_ptr<Engine> engine, int rope, float softmax_scale,
                                               const NormArgs& norm, const Linears& inputs,
                                               const std::optional<NormArgs>& q_norm, py::object q_b,
                                               const NormArgs& kv_norm, const py::array& up_key,
                                               const py::array& up_value, py::object out) {
-  if (up_key.ndim() != 3 || up_value.ndim() != 3) fail("up_key and up_value must have 3 dimensions");
-  const LatentShape shape = {checked_int(up_key.shape(0), "heads"), checked_int(up_key.shape(1), "nope"),
-                             checked_int(rope, "rope"), checked_int(up_value.shape(1), "value"),
-                             checked_int(up_key.shape(2), "latent")};
-  const LatentWeights weights = {read<uint16_t>(up_key, "up_key", {shape.heads, shape.nope, shape.latent}),
-                                 read<uint16_t>(up_value, "up_value", {shape.heads, shape.value, shape.latent})};
+  const LatentShape shape = latent_shape(up_key, up_value, rope);
+  const LatentWeights weights = latent_weights(shape, up_key, up_value);
   std::unique_ptr<Norm> query_norm = q_norm ? std::make_unique<Norm>(norm_of(*q_norm)) : nullptr;
   PackedLinear* second = q_b.is_none() ? nullptr : linear_of(q_b);
   LatentStep step(engine, shape, softmax_scale, weights, norm_of(norm), pair_of(inputs), std::move(query_norm), second,
                   norm_of(kv_norm), linear_of(out));
   return keep(together(inputs, {q_b, out, up_key, up_value}), std::move(step));
+}
+
+// The cache's rows from 0 on, of which [start, start + rows) must be there.
+void check_context(const py::array& cache, py::ssize_t start, int rows) {
+  if (start < 0 || start + rows > cache.shape(0)) {
+    fail("tokens " + std::to_string(start) + " to " + std::to_string(start + rows) + " do not fit a cache of " +
+         std::to_string(cache.shape(0)));
+  }
+  if (cache.shape(0) > (1 << 24)) fail("cache has too many rows: " + std::to_string(cache.shape(0)));
 }
 
 void forward_latent(Over<LatentStep>& self, py::array hidden, const py::array& rotations, py::array cache,
@@ -143,13 +160,32 @@ void forward_latent(Over<LatentStep>& self, py::array hidden, const py::array& r
   const float* rotation = read<float>(rotations, "rotations", {rows, shape.rope});
   if (cache.ndim() != 2) fail("cache must have 2 dimensions, got " + shape_text(cache));
   uint16_t* context = write<uint16_t>(cache, "cache", {cache.shape(0), shape.cached()});
-  if (start < 0 || start + rows > cache.shape(0)) {
-    fail("tokens " + std::to_string(start) + " to " + std::to_string(start + rows) + " do not fit a cache of " +
-         std::to_string(cache.shape(0)));
-  }
-  if (cache.shape(0) > (1 << 24)) fail("cache has too many rows: " + std::to_string(cache.shape(0)));
+  check_context(cache, start, rows);
   py::gil_scoped_release release;
   self.value.forward(data, rows, rotation, context, static_cast<int>(start));
+}
+
+std::unique_ptr<Over<LatentPrefill>> make_prefill(std::shared_ptr<Engine> engine, int rope, float softmax_scale,
+                                                  const py::array& up_key, const py::array& up_value) {
+  const LatentShape shape = latent_shape(up_key, up_value, rope);
+  const LatentWeights weights = latent_weights(shape, up_key, up_value);
+  if (!LatentPrefill::supports(*engine, shape)) return nullptr;
+  return keep({up_key, up_value}, LatentPrefill(engine, shape, softmax_scale, weights));
+}
+
+void prefill_latent(Over<LatentPrefill>& self, const py::array& query, const py::array& rotations,
+                    const py::array& cache, py::ssize_t start, py::array out) {
+  const LatentShape& shape = self.value.shape();
+  if (query.ndim() != 2) fail("query must have 2 dimensions, got " + shape_text(query));
+  const int rows = checked_int(query.shape(0), "tokens");
+  const float* queries = read<float>(query, "query", {rows, shape.heads * shape.key()});
+  const float* rotation = read<float>(rotations, "rotations", {rows, shape.rope});
+  if (cache.ndim() != 2) fail("cache must have 2 dimensions, got " + shape_text(cache));
+  const uint16_t* context = read<uint16_t>(cache, "cache", {cache.shape(0), shape.cached()});
+  check_context(cache, start, rows);
+  float* result = write<float>(out, "out", {rows, shape.heads * shape.value});
+  py::gil_scoped_release release;
+  self.value.forward(queries, rows, rotation, context, static_cast<int>(start), result);
 }
 
 }  // namespace
@@ -172,6 +208,11 @@ void bind_steps(py::module_& m) {
            py::arg("inputs"), py::arg("q_norm"), py::arg("q_b"), py::arg("kv_norm"), py::arg("up_key"),
            py::arg("up_value"), py::arg("out"))
       .def("forward", &forward_latent, py::arg("hidden"), py::arg("rotations"), py::arg("cache"), py::arg("start"));
+  py::class_<Over<LatentPrefill>>(m, "LatentPrefill")
+      .def("forward", &prefill_latent, py::arg("query"), py::arg("rotations"), py::arg("cache"), py::arg("start"),
+           py::arg("out"));
+  m.def("latent_prefill", &make_prefill, py::arg("engine"), py::arg("rope"), py::arg("softmax_scale"),
+        py::arg("up_key"), py::arg("up_value"), "None where no kernel here takes these sizes.");
 }
 
 }  // namespace kt
