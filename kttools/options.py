@@ -201,6 +201,13 @@ def numa_option(function: F) -> F:
     )(function)
 
 
+def overcommit_option(function: F) -> F:
+    """--overcommit as `overcommit`."""
+    return click.option(
+        "--overcommit", is_flag=True, help="Load even where the plan says that memory is too small."
+    )(function)
+
+
 def json_option(function: F) -> F:
     """--json as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(

@@ -20,9 +20,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise translate_oserror(error, path) from error
     finally:
@@ -43,7 +43,8 @@ def translate_oserror(error: OSError, path: Path) -> KTError:
     return KTError(f"{path}: cannot be written: {error.strerror or error}")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """What was written to a file, or renamed in a directory, is on disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,9 +11,11 @@ import click
 
 from kttools.model_source import ensure_bundle, resolve_model
 from kttools.options import notice
-from kttools_runtime.errors import InvalidInputError, ResourceError, UsageError
+from kttools_runtime.errors import InvalidInputError, UsageError
 
 from .session import ChatOptions, ChatSession, sampling_params
+
+LARGE_BYTES = 1 << 30  # a load of less is over before its plan is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class LoadOptions:
     experts: int | None = None
     cache_lens: int | None = None
     numa: str = "auto"
+    overcommit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,6 @@ def load_model(bundle: Path, load: LoadOptions) -> Any:
     """kt.load() with our options' names. Raises what it raises."""
     import kttools_runtime as kt
 
-    check_nodes(bundle, load)
     return kt.load(
         bundle,
         device=load.device,
@@ -87,24 +89,18 @@ def load_model(bundle: Path, load: LoadOptions) -> Any:
         num_experts=load.experts,
         isa=load.isa,
         numa=load.numa,
+        check_memory=not load.overcommit,
+        on_plan=lambda plan: announce(load, plan),
     )
 
 
-def check_nodes(bundle: Path, load: LoadOptions) -> None:
-    """Says what each memory node gets, where there are several. Raises ResourceError if copies do not fit."""
-    import psutil
-
-    from kttools_runtime.numa import plan_nodes
-
-    plan = plan_nodes(bundle, load.numa, load.cpu_infer)
-    if len(plan.node_bytes) > 1 or load.numa in ("shard", "replicate"):
+def announce(load: LoadOptions, plan: Any) -> None:
+    """Says what a load will take, unless that is little, and what each of several memory nodes gets."""
+    if plan.ram.total >= LARGE_BYTES:
         notice(plan.line())
-    available = psutil.virtual_memory().available
-    if plan.copied_bytes > available:
-        raise ResourceError(
-            f"--numa replicate needs {plan.copied_bytes / 1e9:.2f} GB of RAM for its copies, "
-            f"{available / 1e9:.2f} GB are available; --numa shard needs none"
-        )
+    numa = plan.ram.numa
+    if len(numa.node_bytes) > 1 or load.numa in ("shard", "replicate"):
+        notice(numa.line())
 
 
 def quantise_in_cache(source: Path, target: Path, weights: Path | None = None) -> None:

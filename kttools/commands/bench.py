@@ -199,6 +199,7 @@ def _notes(
     help="Timed runs per test.",
 )  # fmt: skip
 @options.isa_option
+@options.overcommit_option
 @click.option("--llama-bench", metavar="PATH", help="llama.cpp's llama-bench, run in alternation on --gguf.")
 @click.option("--gguf", "ggufs", multiple=True, metavar="FILE", help="A model for it; may be repeated.")
 @click.option(
@@ -229,7 +230,14 @@ def _model(bundle: Path, given: dict[str, Any]) -> None:
         raise UsageError("nothing to measure: -p and -n are both 0")
     more = tuple(shlex.split(given["llama_args"]))
     peers = [LlamaBench(Path(given["llama_bench"]), Path(file), more) for file in given["ggufs"]]
-    opened = partial(load, bundle, threads=given["cpu_infer"], isa=given["isa"])
+    opened = partial(
+        load,
+        bundle,
+        threads=given["cpu_infer"],
+        isa=given["isa"],
+        check_memory=not given["overcommit"],
+        on_plan=lambda plan: options.notice(plan.line()),
+    )
     records = run(bundle, tests, given["repeat"], peers, opened, options.notice)
     machine = report.machine()
     records = [{**machine, **record} for record in records]

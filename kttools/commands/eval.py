@@ -37,6 +37,7 @@ Examples:
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @options.cpu_infer_option
 @options.isa_option
+@options.overcommit_option
 @options.json_option
 @click.pass_context
 def command(ctx: click.Context, **given: Any) -> None:
@@ -74,7 +75,15 @@ def _run(model_name: str, given: dict[str, Any]) -> None:
     reference = given["reference"]
     file = read_reference(Path(reference)) if reference and Path(reference).is_file() else None
     bundle = ensure_bundle(resolve_model(model_name), quantise_in_cache)
-    model = kt.load(bundle, dtype=given["dtype"], threads=given["cpu_infer"], isa=given["isa"])
+    is_checked = not given["overcommit"]
+    model = kt.load(
+        bundle,
+        dtype=given["dtype"],
+        threads=given["cpu_infer"],
+        isa=given["isa"],
+        cache_len=given["window"],
+        check_memory=is_checked,
+    )
     with ByteProgress("eval", is_quiet=options.settings().quiet) as progress:
         if file is not None:
             run.check_vocabularies(model.config.vocab_size, file.vocab_size, reference)
@@ -89,7 +98,12 @@ def _run(model_name: str, given: dict[str, Any]) -> None:
             other = None
             if reference:
                 other = kt.load(
-                    resolve_model(reference), dtype="float32", threads=given["cpu_infer"], expert_table="none"
+                    resolve_model(reference),
+                    dtype="float32",
+                    threads=given["cpu_infer"],
+                    expert_table="none",
+                    cache_len=given["window"],
+                    check_memory=is_checked,
                 )
                 run.check_vocabularies(model.config.vocab_size, other.config.vocab_size, reference)
             tally = run.evaluate(model, windows, other, progress.advance)

@@ -118,6 +118,11 @@ class SourceModel:
         )
 
     @property
+    def card_dir(self) -> Path | None:
+        """Where the model's card and licence would lie: the directory the user named."""
+        return self.path if self.path.is_dir() else self.config_dir
+
+    @property
     def tokenizer_files(self) -> dict[str, Path]:
         """Name in the bundle's tokenizer/ -> file, for those that exist."""
         if self.config_dir is None:

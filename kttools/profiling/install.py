@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from kttools.bundle.atomic import atomic_write_bytes
-from kttools.bundle.hashing import FileDigest, digest_file
-from kttools.bundle.manifest import write_manifest
+from kttools.bundle.hashing import digest_file
+from kttools.bundle.manifest import manifest_parts, table_names, write_manifest
 from kttools_runtime import strict_json
 from kttools_runtime.expert_table import BUNDLE_TABLE, MAX_TABLE_BYTES, parse_table
 from kttools_runtime.manifest import Manifest, read_manifest
@@ -20,15 +20,7 @@ def install_table(bundle: Path, table: Path, fingerprint: str) -> Manifest:
     data = strict_json.read_bounded(table, MAX_TABLE_BYTES)
     parse_table(data, str(table), manifest.model, fingerprint)
     atomic_write_bytes(bundle / BUNDLE_TABLE, data)
-    files = {path: FileDigest(e.bytes, e.xxh3_128, e.sha256) for path, e in manifest.files.items()}
-    files[BUNDLE_TABLE] = digest_file(bundle / BUNDLE_TABLE)
-    return write_manifest(
-        bundle,
-        config=manifest.model,
-        source_config=manifest.source["config"],
-        source_files=manifest.source["files"],
-        recipe=manifest.recipe,
-        experts=manifest.experts,
-        linears=manifest.linears,
-        files=files,
-    )
+    parts = manifest_parts(manifest)
+    parts["files"][BUNDLE_TABLE] = digest_file(bundle / BUNDLE_TABLE)
+    tables = table_names(bundle, list(parts["files"]))
+    return write_manifest(bundle, **parts | {"fingerprint": fingerprint, "expert_tables": tables})

@@ -19,6 +19,7 @@ from typing import Any
 
 from kttools.bundle.atomic import TEMPORARY_SUFFIX, atomic_write_bytes, translate_oserror
 from kttools.bundle.hashing import FileDigest, digest_file
+from kttools.bundle.model_card import CARD_FOLDER, find_model_card
 from kttools_runtime import strict_json
 from kttools_runtime.errors import InvalidInputError, KTError, UsageError
 from kttools_runtime.manifest import MANIFEST_NAME
@@ -37,6 +38,7 @@ OWN_FILES = (
     "shards/model.safetensors.index.json",
     "tokenizer/*.json",
     "tokenizer/*.jinja",
+    f"{CARD_FOLDER}/*",
 )
 OWN_FOLDERS = ("experts", "shards", "tokenizer")
 
@@ -185,6 +187,7 @@ class Target:
         """Removes cut-off writes and files without a record: another bundle's, or of a killed run."""
         for folder in OWN_FOLDERS:
             (self.root / folder).mkdir(exist_ok=True)
+        for folder in (*OWN_FOLDERS, CARD_FOLDER):
             for leftover in (self.root / folder).glob(f".*{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
         for file in self.own_files():
@@ -208,4 +211,5 @@ def fingerprint(plan: Plan) -> str:
 
 
 def _inputs(plan: Plan) -> list[Path]:
-    return [*plan.source.files, *plan.source.tokenizer_files.values()]
+    card = find_model_card(plan.source.card_dir).files
+    return [*plan.source.files, *plan.source.tokenizer_files.values(), *card.values()]

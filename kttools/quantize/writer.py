@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kttools.bundle.atomic import atomic_write_bytes
+from kttools.bundle.fingerprint import bundle_fingerprint
 from kttools.bundle.hashing import FileDigest, sha256_file
 from kttools.bundle.manifest import write_manifest
+from kttools.bundle.model_card import MAX_CARD_BYTES, find_model_card
 from kttools_runtime.errors import InvalidInputError, UsageError
 from kttools_runtime.manifest import ExpertFile, Manifest
 from kttools_runtime.pack_writer import PackWriter
@@ -191,7 +193,7 @@ class Quantizer:
         return files
 
     def _write_rest(self, source_files: list[dict[str, Any]]) -> tuple[Manifest, list[TensorError]]:
-        """Index, tokenizer, report, manifest."""
+        """Index, tokenizer, licence and model card, report, manifest."""
         plan = self.plan
         digests = {path: finished.digest for path, finished in self._finished.items()}
         errors = [error for path in self._paths() for error in self._finished[path].errors]
@@ -200,9 +202,13 @@ class Quantizer:
         copied = {name: read_bounded(file, MAX_TOKENIZER_FILE_BYTES) for name, file in files}
         for name, data in (plan.source.tokenizer_data | copied).items():
             digests[f"tokenizer/{name}"] = self._write_small(f"tokenizer/{name}", data)
+        card = find_model_card(plan.source.card_dir)
+        for name, file in card.files.items():
+            digests[name] = self._write_small(name, read_bounded(file, MAX_CARD_BYTES))
         report = report_bytes(plan.recipe.to_dict(), errors)
         digests[REPORT_NAME] = self._write_small(REPORT_NAME, report)
         tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
+        shard_files = [self.target.root / f"shards/{shard.name}" for shard in plan.shards]
         manifest = write_manifest(
             self.target.root,
             config=plan.source.config,
@@ -212,10 +218,14 @@ class Quantizer:
             experts={pack.layer: ExpertFile.of(pack.path, pack.formats) for pack in plan.packs},
             linears={tensor.base: tensor.format for tensor in tensors if tensor.format is not None},
             files=digests,
+            fingerprint=bundle_fingerprint(plan.source.config, shard_files),
+            license=card.license,
+            model_card=card.card,
         )
         return manifest, errors
 
     def _write_small(self, path: str, data: bytes) -> FileDigest:
+        (self.target.root / path).parent.mkdir(exist_ok=True)
         atomic_write_bytes(self.target.root / path, data)
         return self.target.record(path).digest
 

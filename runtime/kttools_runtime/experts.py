@@ -7,7 +7,7 @@ import torch
 
 from . import _kernels, env
 from .errors import HardwareError, InvalidInputError, UsageError
-from .numa import resolve_mode
+from .numa import engine_mode
 
 # What a user asks for, and the pack format it means. Layer errors: g32 0.13,
 # g64 0.145, g128 0.16.
@@ -94,7 +94,7 @@ class ExpertEngine:
         threads = env.default_threads() if threads is None else threads
         if not 1 <= threads <= 1024:
             raise UsageError(f"threads must be 1 to 1024, got {threads}")
-        mode = resolve_mode(numa, simulated_nodes or len(_kernels.numa_nodes()))
+        mode = engine_mode(numa)
         try:
             self.native = _kernels.Engine(threads, isa or env.forced_isa(), mode, simulated_nodes)
         except ValueError as error:

@@ -1,5 +1,6 @@
 """From a bundle on disk to a Model: options checked first, then headers, then weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,9 +8,11 @@ import torch
 from .errors import HardwareError, UsageError
 from .expert_table import locate_table
 from .experts import ExpertEngine
+from .footprint import stored_tensors
 from .linear import Placement
+from .load_plan import LoadPlan, LoadRequest, make_load_plan
 from .manifest import Manifest, load_manifest
-from .model import Model, build_model
+from .model import DEFAULT_CACHE_LEN, Model, build_model
 from .moe import RoutedExperts
 from .shards import ShardWeights
 
@@ -27,6 +30,8 @@ def load(
     isa: str | None = None,
     stream_layers: bool = False,
     numa: str = "auto",
+    check_memory: bool = True,
+    on_plan: Callable[[LoadPlan], object] | None = None,
 ) -> Model:
     """Open a bundle for computing.
 
@@ -36,10 +41,11 @@ def load(
     None: KTTOOLS_CPU_INFER or every CPU of this process. cache_len: default length of new caches in tokens.
     expert_table: a file, the name of a table in the bundle or among the project's own, None for the bundle's
     default (the native router where it has none) or "none". num_experts: fewer routed experts per token,
-    without a table. isa: kernel table. numa: see numa.py. stream_layers: hold one
-    layer at a time, for models larger than RAM
-    and passes that take a layer for many texts (see layer_stream); expert_table must be "none" then. Raises
-    UsageError, HardwareError, InvalidInputError and its subclasses.
+    without a table. isa: kernel table. numa: see numa.py. stream_layers: hold one layer at a time, for models
+    larger than RAM and passes that take a layer for many texts (see layer_stream); expert_table must be
+    "none" then. check_memory: refuse a model larger than what is free, before its weights are read. on_plan:
+    told the sizes first. Raises UsageError, HardwareError, ResourceError, InvalidInputError and its
+    subclasses.
     """
     where = _device(device)
     if dtype not in DTYPES:
@@ -54,14 +60,52 @@ def load(
     asked = "none" if num_experts is not None else expert_table
     table = locate_table(asked, manifest.path, list(manifest.files))
     engine = ExpertEngine(threads, isa, numa)
-    model = _load(manifest, where, DTYPES[dtype], engine, cache_len, num_experts, stream_layers)
+    shards = ShardWeights(
+        [manifest.path(name) for name in manifest.files if name.endswith(".safetensors")], manifest.linears
+    )
+    plan = make_load_plan(
+        _request(manifest, shards, where, DTYPES[dtype], engine, cache_len, stream_layers, numa)
+    )
+    if on_plan is not None:
+        on_plan(plan)
+    if check_memory:
+        plan.check()
+    model = _load(manifest, shards, where, DTYPES[dtype], engine, cache_len, num_experts, stream_layers)
     if table is not None:
         model.use_table(table)
     return model
 
 
+def _request(
+    manifest: Manifest,
+    shards: ShardWeights,
+    device: torch.device,
+    dtype: torch.dtype,
+    engine: ExpertEngine,
+    cache_len: int | None,
+    stream_layers: bool,
+    numa: str,
+) -> LoadRequest:
+    sizes = {name: entry.bytes for name, entry in manifest.files.items()}
+    longest = min(manifest.model.max_position_embeddings, DEFAULT_CACHE_LEN)
+    return LoadRequest(
+        config=manifest.model,
+        tensors=tuple(stored_tensors(shards.infos, manifest.linears)),
+        experts=sum(sizes[file] for file in {expert.file for expert in manifest.experts.values()}),
+        tokenizer=sum(size for name, size in sizes.items() if name.startswith("tokenizer/")),
+        cache_len=1 if stream_layers else cache_len or longest,
+        dtype=dtype,
+        threads=engine.threads,
+        numa=numa,
+        nodes=engine.nodes,
+        devices=() if device.type == "cpu" else (device.index or 0,),
+        is_streamed=stream_layers,
+    )
+
+
 def _load(
     manifest: Manifest,
+    shards: ShardWeights,
     device: torch.device,
     dtype: torch.dtype,
     engine: ExpertEngine,
@@ -69,10 +113,6 @@ def _load(
     num_experts: int | None,
     stream_layers: bool,
 ) -> Model:
-    shards = ShardWeights(
-        [manifest.path(name) for name in manifest.files if name.endswith(".safetensors")], manifest.linears
-    )
-
     def experts(layer: int) -> RoutedExperts:
         # int8 and int4 kernels quantise their input themselves: rounding it to bf16 first would only lose
         # bits. bf16 experts among them need it for the matrix unit.

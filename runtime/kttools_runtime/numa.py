@@ -1,11 +1,9 @@
 """How the expert weights of a bundle are shared between the memory nodes of a machine."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from . import _kernels, env
 from .errors import UsageError
-from .manifest import load_manifest
 
 NUMA_MODES = ("auto", "off", "shard", "replicate")
 
@@ -29,28 +27,25 @@ class NumaPlan:
         return f"NUMA {self.mode}: {sizes} of expert weights{extra}"
 
 
-def resolve_mode(numa: str, nodes: int) -> str:
-    """off, shard or replicate for what was asked. Raises UsageError for an unknown name."""
+def engine_mode(numa: str) -> str:
+    """What the engine is told: on one node its shard is off. Raises UsageError for an unknown name."""
     if numa not in NUMA_MODES:
         raise UsageError(f"numa must be one of {', '.join(NUMA_MODES)}, got {numa!r}")
-    return ("shard" if nodes > 1 else "off") if numa == "auto" else numa
+    return "shard" if numa == "auto" else numa
 
 
-def plan_nodes(
-    bundle: str | Path, numa: str = "auto", threads: int | None = None, simulated_nodes: int = 0
-) -> NumaPlan:
-    """What load() with these options will do, from the bundle's sizes alone. Raises as load_manifest does."""
-    manifest = load_manifest(bundle)
-    total = sum(manifest.files[expert.file].bytes for expert in manifest.experts.values())
-    return share_nodes(total, numa, threads, simulated_nodes)
+def resolve_mode(numa: str, nodes: int) -> str:
+    """off, shard or replicate for what was asked. Raises UsageError for an unknown name."""
+    mode = engine_mode(numa)
+    return "off" if numa == "auto" and nodes == 1 else mode
 
 
-def share_nodes(total: int, numa: str, threads: int | None, simulated_nodes: int = 0) -> NumaPlan:
-    """The same for `total` bytes of expert packs that need not exist yet."""
-    available = simulated_nodes or len(_kernels.numa_nodes())
+def share_nodes(total: int, numa: str, threads: int | None, nodes: int = 0) -> NumaPlan:
+    """What load() does with `total` bytes of expert packs. nodes: of the machine; 0: those of this one."""
+    available = nodes or len(_kernels.numa_nodes())
     mode = resolve_mode(numa, available)
     workers = env.default_threads() if threads is None else threads
-    nodes = 1 if mode == "off" else min(available, workers)
+    used = 1 if mode == "off" else min(available, workers)
     if mode == "replicate":
-        return NumaPlan(mode, (total,) * nodes)
-    return NumaPlan(mode, tuple(total * len(range(node, workers, nodes)) // workers for node in range(nodes)))
+        return NumaPlan(mode, (total,) * used)
+    return NumaPlan(mode, tuple(total * len(range(node, workers, used)) // workers for node in range(used)))

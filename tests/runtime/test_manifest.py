@@ -15,10 +15,12 @@ from kttools_runtime.config import ModelConfig
 from kttools_runtime.config_checks import has_default
 from kttools_runtime.errors import CorruptFileError, InvalidInputError
 from kttools_runtime.manifest import (
+    FEATURES,
     FORMAT,
     KEYS,
     LINEAR_FORMATS,
     MAX_MANIFEST_BYTES,
+    OPTIONAL_KEYS,
     VERSION,
     load_manifest,
     parse_manifest,
@@ -96,12 +98,18 @@ def mixed(*formats: Any) -> dict[str, Any]:
     return {"file": "experts/layer-00003.ktpack", "format": "mixed", "formats": list(formats)}
 
 
+EXTRA = {
+    "requires": [],
+    "fingerprint": "c" * 64,
+    "license": {"id": "mit", "name": None, "link": None, "files": ["experts/layer-00003.ktpack"]},
+    "model_card": None,
+    "expert_tables": {"experts/layer-00001.ktpack": "a table"},
+}
 NUM_EXPERTS = VALUES["n_routed_experts"]
 PLAIN = "is not a plain relative path"
 ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "other format": (change("format", to="zip"), "not a kttools-bundle manifest"),
-    "unknown key": (change("extra", to=1), "unknown or missing keys: extra"),
-    "missing key": (change("recipe", to=...), "unknown or missing keys: recipe"),
+    "missing key": (change("recipe", to=...), "missing keys: recipe"),
     "model broken": (change("model", "n_group", to=5), "model config: n_group must be a divisor"),
     "model a list": (change("model", to=[]), "model config: .* must be an object"),
     "tool without version": (change("tool", to={"name": "x"}), "tool must give name and version"),
@@ -174,6 +182,33 @@ ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "path a number": (change("files", to=paths(1)), PLAIN),
     "itself": (change("files", to=paths("bundle.json")), PLAIN),
     "twice": (change("files", to=paths("x", "x")), "'x' is listed twice"),
+    "itself in capitals": (change("files", to=paths("Bundle.JSON")), PLAIN),
+    "the signature": (change("files", to=paths("bundle.json.sig")), PLAIN),
+    "long name": (change("files", to=paths("a/" + "b" * 256)), PLAIN),
+    "other case": (change("files", to=paths("a/x", "a/X")), "'a/X' and 'a/x' differ only in case"),
+    "folder in other case": (change("files", to=paths("a/x", "A/y")), "folders 'A' and 'a' differ only"),
+    "a file and a folder": (change("files", to=paths("a/b", "a")), "'a' is listed as a file and as a folder"),
+    "requires no list": (change("requires", to={}), "requires must be a list"),
+    "requires numbers": (change("requires", to=[1]), "requires must be a list"),
+    "requires twice": (change("requires", to=["partial"] * 2), "requires must be sorted, each feature once"),
+    "short fingerprint": (change("fingerprint", to="ab"), "fingerprint: a hash must be 64"),
+    "license a text": (change("license", to="mit"), "license must give id, name, link and files"),
+    "license with an escape": (
+        change("license", to=EXTRA["license"] | {"name": "\x1b[2J"}),
+        "license.name must be a line of text",
+    ),
+    "license of no file": (
+        change("license", to=EXTRA["license"] | {"files": ["x"]}),
+        "license.files: 'x' is not in files",
+    ),
+    "model card a list": (change("model_card", to=[]), r"model_card: \[\] is not in files"),
+    "table of no file": (change("expert_tables", to={"x": "y"}), "expert_tables: 'x' is not in files"),
+    "table without a name": (change("expert_tables", to={"x": ""}), "must give a name for each path"),
+    "one pack of two layers": (
+        change("experts", "3", "file", to="experts/layer-00001.ktpack"),
+        "experts.3: 'experts/layer-00001.ktpack' is the pack of layer 1, too",
+    ),
+    "escape in the tool's name": (change("tool", "name", to="\x1b]0;x"), "tool must give name and version"),
     "negative size": (change("files", 0, "bytes", to=-1), "must be a non-negative integer"),
     "boolean size": (change("files", 0, "bytes", to=True), "must be a non-negative integer"),
     "huge size": (change("files", 0, "bytes", to=2**63), "must be a non-negative integer"),
@@ -258,6 +293,33 @@ def test_presence_and_size_at_load(tmp_path: Path) -> None:
         load_manifest(root)
 
 
+def test_the_keys_that_came_later() -> None:
+    """Absent in bundles from before them; kept where they are; unknown ones carried along."""
+    old = parse_manifest(signed(document()), Path("b"))
+    assert (old.fingerprint, old.license.id, old.requires, old.other) == (None, None, (), {})
+    new = parse_manifest(signed(document(**EXTRA, notes={"of": ["the future"]}, zz=1)), Path("b"))
+    assert new.license.to_dict() == EXTRA["license"]
+    assert new.expert_tables == EXTRA["expert_tables"]
+    assert new.other == {"notes": {"of": ["the future"]}, "zz": 1}
+
+
+def test_an_unknown_required_feature_is_refused_by_name() -> None:
+    with pytest.raises(InvalidInputError, match="needs wavelets, unknown to this program") as caught:
+        parse_manifest(signed(document(requires=["partial", "wavelets"])), Path("b"))
+    assert not isinstance(caught.value, CorruptFileError)
+
+
+def test_a_partial_bundle_is_read_but_not_loaded(tmp_path: Path) -> None:
+    content = document(requires=["partial"])
+    with pytest.raises(CorruptFileError, match="some of, not all, the MoE layers"):
+        parse_manifest(signed(content), Path("b"))
+    del content["experts"]["3"]
+    root = write_bundle(tmp_path / "b", content)
+    assert list(read_manifest(root).experts) == [1]
+    with pytest.raises(InvalidInputError, match="a part of a bundle, without the experts of 1 layers"):
+        load_manifest(root)
+
+
 def test_links_may_not_lead_out(tmp_path: Path) -> None:
     root = write_bundle(tmp_path / "b", document())
     pack, outside = root / "experts/layer-00001.ktpack", tmp_path / "outside"
@@ -286,7 +348,8 @@ def test_the_document_lists_the_keys(repo: Path) -> None:
     text = (repo / "runtime/kttools_runtime/BUNDLE.md").read_text()
     tables = text.split("### Keys of `model` with a default")
     listed, defaulted = (set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) for table in tables)
-    assert listed == set(KEYS)
+    assert listed == KEYS | OPTIONAL_KEYS
+    assert all(f"`{name}`" in text for name in FEATURES)
     assert defaulted == {f.name for f in dataclasses.fields(ModelConfig) if has_default(f)}
     assert f'`"{FORMAT}"`' in text
     assert f"over {MAX_MANIFEST_BYTES // 10**6} MB" in text

@@ -1,0 +1,181 @@
+"""What each GPU holds, by part, from sizes alone: the device half of footprint.py. Bytes.
+
+The routed experts stay in RAM; the layers' other weights, the cache and the activations are spread over the
+GPUs in runs of whole layers. What no size tells (context, graph) is an allowance and says so.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .config import ModelConfig
+from .footprint import EMBEDDING, StoredTensor
+from .model import DEFAULT_CHUNK_SIZE
+
+# Allowances, not measurements: a CUDA context with torch's kernels and cuBLAS workspaces takes 0.3 to 0.6 GiB
+# by driver and card; a captured decode step about 64 KiB for each of some 20 kernels of a layer.
+CONTEXT_BYTES = 640 << 20
+GRAPH_LAYER_BYTES = 20 * (64 << 10)
+# Keys and values that prefill expands at once, as on the CPU.
+HEAD_BLOCK_BYTES = 256 << 20
+# int4 on the GPU: scale and zero of a group as bf16, where the shards have a byte each.
+INT4_GROUP_FACTOR = 2
+# Looked up by row: one row goes down with the ids, 14 KiB for DeepSeek-V3, and 1.7 GiB stay out of VRAM.
+IS_EMBEDDING_ON_DEVICE = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFootprint:
+    """One GPU. layers: [first, last); weights: by stored format ("float32": norms and routers).
+
+    workspace: activations of a chunk of the prompt, and one matrix expanded for it; hot_experts: routed
+    experts held here besides.
+    """
+
+    layers: tuple[int, int]
+    weights: dict[str, int]
+    cache: int
+    workspace: int
+    graph: int
+    context: int = CONTEXT_BYTES
+    hot_experts: int = 0
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weights.values())
+
+    @property
+    def total(self) -> int:
+        parts = (self.weight_bytes, self.cache, self.workspace, self.graph, self.context, self.hot_experts)
+        return sum(parts)
+
+
+@dataclass(slots=True)
+class _Block:
+    """One layer, or what comes before or behind them (head, last norm)."""
+
+    weights: dict[str, int] = field(default_factory=dict)
+
+    def add(self, kind: str, count: int) -> None:
+        self.weights[kind] = self.weights.get(kind, 0) + count
+
+
+def device_footprints(
+    config: ModelConfig,
+    tensors: Iterable[StoredTensor],
+    cache_len: int,
+    count: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> tuple[DeviceFootprint, ...]:
+    """`count` GPUs, layers in order, each with about the same bytes; the last one has the head too."""
+    held = list(tensors)
+    layers = config.num_hidden_layers
+    blocks = [_Block() for _ in range(layers + 1)]
+    for tensor in held:
+        place = _block_of(tensor.name, config)
+        if place is not None:
+            kind, size = device_bytes(tensor, dtype)
+            blocks[place].add(kind, size)
+    cache = cache_len * config.cache_width * dtype.itemsize
+    graph = GRAPH_LAYER_BYTES
+    sizes = [
+        sum(block.weights.values()) + (cache + graph if i < layers else 0) for i, block in enumerate(blocks)
+    ]
+    work = workspace_bytes(config, held, cache_len, dtype, chunk_size)
+    found = []
+    for first, last in _runs(sizes, count):
+        total: dict[str, int] = {}
+        for block in blocks[first : last + (last == layers)]:
+            for kind, size in block.weights.items():
+                total[kind] = total.get(kind, 0) + size
+        span = last - first
+        found.append(DeviceFootprint((first, last), total, span * cache, work, span * graph))
+    return tuple(found)
+
+
+def device_bytes(tensor: StoredTensor, dtype: torch.dtype = torch.bfloat16) -> tuple[str, int]:
+    """(kind, bytes) of one tensor on a GPU; kind: bf16, int8, int4 or float32."""
+    wide = "float32" if dtype == torch.float32 else "bf16"
+    if tensor.name == EMBEDDING or tensor.name.endswith(".kv_b_proj.weight"):
+        return wide, dtype.itemsize * tensor.elements
+    if tensor.format is None:
+        return "float32", 4 * tensor.elements
+    if dtype == torch.float32 or tensor.format == "bf16":
+        return wide, dtype.itemsize * tensor.elements
+    rows = tensor.shape[0]
+    if tensor.format == "int8":
+        return "int8", tensor.elements + 4 * rows
+    codes = tensor.elements // 2
+    return "int4", codes + INT4_GROUP_FACTOR * (tensor.bytes - codes - 4 * rows) + 4 * rows
+
+
+def workspace_bytes(
+    config: ModelConfig,
+    tensors: Iterable[StoredTensor],
+    cache_len: int,
+    dtype: torch.dtype = torch.bfloat16,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> int:
+    """An estimate: a chunk of the prompt in the fullest layer, and its largest matrix expanded to dtype."""
+    chunk, item, heads = min(chunk_size, cache_len), dtype.itemsize, config.num_attention_heads
+    matrices = [t.elements for t in tensors if t.format not in (None, "bf16") and ".layers." in t.name]
+    expanded = item * max(matrices, default=0)
+    stream = 3 * 4 * chunk * config.hidden_size
+    keys = 2 * item * cache_len * heads * max(config.qk_head_dim, config.v_head_dim)
+    attended = (4 + item) * chunk * heads * (config.qk_head_dim + config.v_head_dim)
+    inner = max(config.intermediate_size, config.shared_intermediate_size)
+    return expanded + stream + max(attended + min(keys, HEAD_BLOCK_BYTES), 3 * 4 * chunk * inner)
+
+
+def with_hot_experts(
+    devices: Sequence[DeviceFootprint], moe_layers: Sequence[int], expert_bytes: int, count: int
+) -> tuple[DeviceFootprint, ...]:
+    """The same with `count` hot experts of every MoE layer, each on its layer's GPU."""
+    return tuple(
+        replace(device, hot_experts=count * expert_bytes * sum(_has(device, layer) for layer in moe_layers))
+        for device in devices
+    )
+
+
+def most_hot_experts(
+    devices: Sequence[DeviceFootprint], moe_layers: Sequence[int], expert_bytes: int, free: Sequence[int]
+) -> int:
+    """How many experts of every MoE layer fit beside the rest. free: bytes of each GPU."""
+    counts = []
+    for device, limit in zip(devices, free, strict=True):
+        layers = sum(_has(device, layer) for layer in moe_layers)
+        if layers:
+            counts.append(max(0, limit - device.total) // (layers * expert_bytes))
+    return min(counts, default=0)
+
+
+def _has(device: DeviceFootprint, layer: int) -> bool:
+    return device.layers[0] <= layer < device.layers[1]
+
+
+def _block_of(name: str, config: ModelConfig) -> int | None:
+    """Index of the block a tensor belongs to; None: it stays in RAM."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"]:
+        return int(parts[2])
+    if name == EMBEDDING and not config.tie_word_embeddings:
+        return 0 if IS_EMBEDDING_ON_DEVICE else None
+    return config.num_hidden_layers
+
+
+def _runs(sizes: list[int], count: int) -> list[tuple[int, int]]:
+    """Layers [first, last) of each GPU, cut where the sum passes an even share. sizes: layers, then head."""
+    layers, first = len(sizes) - 1, 0
+    runs: list[tuple[int, int]] = []
+    before, total = 0, sum(sizes)
+    for index in range(layers):
+        before += sizes[index]
+        left = count - len(runs) - 1
+        is_full = before >= total * (len(runs) + 1) / count - sizes[index] / 2
+        if left and is_full and layers - index - 1 >= left:
+            runs.append((first, index + 1))
+            first = index + 1
+    runs.append((first, layers))
+    return runs

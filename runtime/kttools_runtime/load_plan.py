@@ -1,0 +1,139 @@
+"""Before a load: what it will take, what is free, and an error that names the nearest plan that fits."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import memory
+from .config import ModelConfig
+from .device_footprint import DeviceFootprint, device_footprints
+from .errors import ResourceError
+from .footprint import EMBEDDING, Footprint, StoredTensor, footprint
+from .numa import share_nodes
+
+SHORTEST_CACHE = 2048
+GIB = float(1 << 30)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """What decides the sizes of a load. experts, tokenizer: bytes of files.
+
+    numa: off, shard or replicate, over `nodes` memory nodes; devices: indices of GPUs, () for the CPU alone.
+    """
+
+    config: ModelConfig
+    tensors: tuple[StoredTensor, ...]
+    experts: int
+    tokenizer: int
+    cache_len: int
+    dtype: torch.dtype
+    threads: int
+    numa: str
+    nodes: int
+    devices: tuple[int, ...] = ()
+    is_streamed: bool = False
+
+    def host(self) -> Footprint:
+        """RAM. With GPUs the layers' dense weights and the cache are theirs."""
+        numa = share_nodes(self.experts, self.numa, self.threads, self.nodes)
+        tensors: Iterable[StoredTensor] = self.tensors
+        cache_len = self.cache_len
+        if self.devices:
+            tensors, cache_len = [t for t in self.tensors if t.name == EMBEDDING], 0
+        return footprint(
+            self.config,
+            tensors,
+            self.experts,
+            numa,
+            cache_len,
+            self.dtype,
+            self.threads,
+            self.tokenizer,
+            self.is_streamed,
+        )
+
+    def on_devices(self) -> tuple[DeviceFootprint, ...]:
+        """VRAM of each GPU."""
+        if not self.devices:
+            return ()
+        return device_footprints(self.config, self.tensors, self.cache_len, len(self.devices), self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """A request, what it takes and what is free (bytes; VRAM per device of the request)."""
+
+    request: LoadRequest
+    ram: Footprint
+    ram_free: int
+    vram: tuple[DeviceFootprint, ...] = ()
+    vram_free: tuple[int, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        is_vram_enough = all(d.total <= free for d, free in zip(self.vram, self.vram_free, strict=True))
+        return self.ram.total <= self.ram_free and is_vram_enough
+
+    def line(self) -> str:
+        """The plan in a line."""
+        ram = self.ram
+        parts = f"{_gib(ram.experts)} experts mapped, {_gib(ram.dense)} dense, {_gib(ram.cache)} cache"
+        copies = f", {_gib(ram.copies)} copies per node" if ram.copies else ""
+        text = f"RAM {_gib(ram.total)} of {_gib(self.ram_free)} GiB free ({parts}{copies})"
+        for index, (device, free) in enumerate(zip(self.vram, self.vram_free, strict=True)):
+            text += f"; cuda:{self.request.devices[index]} {_gib(device.total)} of {_gib(free)} GiB"
+        return text
+
+    def check(self) -> None:
+        """Raises ResourceError with needed, free and the nearest plan that fits."""
+        if self.fits:
+            return
+        remedy = "; nothing smaller fits: free some memory, or quantize to smaller formats"
+        for smaller in _smaller(self.request):
+            plan = make_load_plan(smaller, self.ram_free, self.vram_free)
+            if plan.fits:
+                changed = _options(self.request, smaller)
+                remedy = f"; nearest plan that fits: {changed} ({_gib(plan.ram.total)} GiB)"
+                break
+        raise ResourceError(f"not enough memory: {self.line()}{remedy}")
+
+
+def make_load_plan(
+    request: LoadRequest, ram_free: int | None = None, vram_free: tuple[int, ...] | None = None
+) -> LoadPlan:
+    """The plan of a request; what is free is asked of the system unless given."""
+    return LoadPlan(
+        request,
+        request.host(),
+        memory.available_bytes() if ram_free is None else ram_free,
+        request.on_devices(),
+        _vram_free(request.devices) if vram_free is None else vram_free,
+    )
+
+
+def _vram_free(devices: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(torch.cuda.mem_get_info(device)[0]) for device in devices)
+
+
+def _smaller(request: LoadRequest) -> Iterator[LoadRequest]:
+    """Requests that take less, the least change first: no copies per node, then a shorter cache."""
+    numa = "shard" if request.numa == "replicate" else request.numa
+    if numa != request.numa:
+        yield replace(request, numa=numa)
+    length = request.cache_len
+    while length > SHORTEST_CACHE:
+        length = max(SHORTEST_CACHE, length // 2)
+        yield replace(request, numa=numa, cache_len=length)
+
+
+def _options(before: LoadRequest, after: LoadRequest) -> str:
+    changed = [f"--numa {after.numa}"] if after.numa != before.numa else []
+    if after.cache_len != before.cache_len:
+        changed.append(f"--cache_lens {after.cache_len}")
+    return " ".join(changed)
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f}"
