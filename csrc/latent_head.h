@@ -32,8 +32,7 @@ struct LatentHead {
   const float* rotation;  // [queries][rope]: cosine and sine of each pair
   int queries;
   int start;                     // position of query 0; a query sees the context up to itself
-  int context_rows;              // >= start + queries
-  const uint16_t* context;       // bf16 [context_rows][cached()]
+  const uint16_t* context;       // bf16 [start + queries][cached()]
   const uint16_t* context_end;   // its last 32 rows begun, [32][cached()], zero beyond the end
   const uint8_t* context_tiles;  // the context as B tiles: [token / 16][cached() / 32][pair][token % 16][2]
   const uint16_t* up_key;        // this head's [nope][latent]
@@ -43,8 +42,6 @@ struct LatentHead {
   size_t out_stride;
   uint8_t* scratch;  // latent_head_scratch() bytes, 64-byte aligned
 };
-
-constexpr int kLatentQueries = 1024;  // most queries of a group: their sums stay in L2
 
 #if defined(__x86_64__)
 size_t latent_head_scratch(const LatentShape& shape, int queries);

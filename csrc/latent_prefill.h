@@ -2,33 +2,28 @@
 // head, attended to and forgotten. Needs a matrix unit; where there is none, the caller has torch do it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <memory>
 
 #include "engine.h"
 #include "latent_head.h"
 
 namespace kt {
 
-class LatentPrefill {
- public:
-  // Whether the engine's kernels take these sizes.
-  static bool supports(const Engine& engine, const LatentShape& shape);
-
-  // The weights are read in place. Throws std::invalid_argument where supports() is false.
-  LatentPrefill(std::shared_ptr<Engine> engine, const LatentShape& shape, float softmax_scale,
-                const LatentWeights& weights);
-  const LatentShape& shape() const { return shape_; }
-
-  // query [rows][heads * key()], not rotated, of positions start...; rotations [rows][rope]; cache bf16 [.][cached()] of which
-  // start + rows rows are read -> out [rows][heads * value]. The same for any number of threads.
-  void forward(const float* query, int rows, const float* rotations, const uint16_t* cache, int start, float* out);
-
- private:
-  std::shared_ptr<Engine> engine_;
-  LatentShape shape_;
-  float softmax_scale_;
-  LatentWeights weights_;
+struct LatentQueries {
+  const float* data;  // [rows][heads * key()], not rotated, rows `stride` floats apart
+  size_t stride;
+  int rows;
+  int start;               // position of row 0
+  const float* rotations;  // [rows][rope]
 };
+
+// Whether the engine's kernels take these sizes.
+bool latent_prefill_supports(const Engine& engine, const LatentShape& shape);
+
+// cache: bf16 [queries.start + queries.rows][cached()] -> out [rows][heads * value]. The same bits for any number of threads.
+// Uses engine.step.context and .workers; rows at most kLatentQueries.
+void latent_prefill(Engine& engine, const LatentShape& shape, const LatentWeights& weights, float softmax_scale,
+                    const LatentQueries& queries, const uint16_t* cache, float* out);
 
 }  // namespace kt

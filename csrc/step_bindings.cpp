@@ -5,7 +5,6 @@
 #include <memory>
 #include <optional>
 
-#include "latent_prefill.h"
 #include "latent_step.h"
 #include "router.h"
 #include "step.h"
@@ -50,9 +49,7 @@ std::vector<float> floats_of(const std::optional<py::array>& values, const char*
 
 int step_rows(const py::array& hidden) {
   if (hidden.ndim() != 2) fail("hidden must have 2 dimensions, got " + shape_text(hidden));
-  const py::ssize_t rows = hidden.shape(0);
-  if (rows < 1 || rows > kMaxStepRows) fail("a step takes 1 to 4 tokens, got " + std::to_string(rows));
-  return static_cast<int>(rows);
+  return checked_int(hidden.shape(0), "tokens");
 }
 
 RouterKind router_kind(const std::string& name) {
@@ -156,6 +153,7 @@ void forward_latent(Over<LatentStep>& self, py::array hidden, const py::array& r
                     py::ssize_t start) {
   const LatentShape& shape = self.value.shape();
   const int rows = step_rows(hidden);
+  if (rows > kMaxStepRows && !self.value.takes_many()) fail("no kernel here attends with more than 4 tokens at once");
   float* data = write<float>(hidden, "hidden", {rows, self.value.hidden_size()});
   const float* rotation = read<float>(rotations, "rotations", {rows, shape.rope});
   if (cache.ndim() != 2) fail("cache must have 2 dimensions, got " + shape_text(cache));
@@ -163,29 +161,6 @@ void forward_latent(Over<LatentStep>& self, py::array hidden, const py::array& r
   check_context(cache, start, rows);
   py::gil_scoped_release release;
   self.value.forward(data, rows, rotation, context, static_cast<int>(start));
-}
-
-std::unique_ptr<Over<LatentPrefill>> make_prefill(std::shared_ptr<Engine> engine, int rope, float softmax_scale,
-                                                  const py::array& up_key, const py::array& up_value) {
-  const LatentShape shape = latent_shape(up_key, up_value, rope);
-  const LatentWeights weights = latent_weights(shape, up_key, up_value);
-  if (!LatentPrefill::supports(*engine, shape)) return nullptr;
-  return keep({up_key, up_value}, LatentPrefill(engine, shape, softmax_scale, weights));
-}
-
-void prefill_latent(Over<LatentPrefill>& self, const py::array& query, const py::array& rotations,
-                    const py::array& cache, py::ssize_t start, py::array out) {
-  const LatentShape& shape = self.value.shape();
-  if (query.ndim() != 2) fail("query must have 2 dimensions, got " + shape_text(query));
-  const int rows = checked_int(query.shape(0), "tokens");
-  const float* queries = read<float>(query, "query", {rows, shape.heads * shape.key()});
-  const float* rotation = read<float>(rotations, "rotations", {rows, shape.rope});
-  if (cache.ndim() != 2) fail("cache must have 2 dimensions, got " + shape_text(cache));
-  const uint16_t* context = read<uint16_t>(cache, "cache", {cache.shape(0), shape.cached()});
-  check_context(cache, start, rows);
-  float* result = write<float>(out, "out", {rows, shape.heads * shape.value});
-  py::gil_scoped_release release;
-  self.value.forward(queries, rows, rotation, context, static_cast<int>(start), result);
 }
 
 }  // namespace
@@ -207,12 +182,8 @@ void bind_steps(py::module_& m) {
       .def(py::init(&make_latent), py::arg("engine"), py::arg("rope"), py::arg("softmax_scale"), py::arg("norm"),
            py::arg("inputs"), py::arg("q_norm"), py::arg("q_b"), py::arg("kv_norm"), py::arg("up_key"),
            py::arg("up_value"), py::arg("out"))
+      .def_property_readonly("takes_many", [](const Over<LatentStep>& self) { return self.value.takes_many(); })
       .def("forward", &forward_latent, py::arg("hidden"), py::arg("rotations"), py::arg("cache"), py::arg("start"));
-  py::class_<Over<LatentPrefill>>(m, "LatentPrefill")
-      .def("forward", &prefill_latent, py::arg("query"), py::arg("rotations"), py::arg("cache"), py::arg("start"),
-           py::arg("out"));
-  m.def("latent_prefill", &make_prefill, py::arg("engine"), py::arg("rope"), py::arg("softmax_scale"),
-        py::arg("up_key"), py::arg("up_value"), "None where no kernel here takes these sizes.");
 }
 
 }  // namespace kt

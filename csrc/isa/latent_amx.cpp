@@ -227,7 +227,7 @@ class Head {
       store(product, kPair);
       to_tiles(product, keys + step * kTileBytes, keys + tile_row + step * kTileBytes);
     }
-    const bool whole = token + kPair <= head_.context_rows;
+    const bool whole = token + kPair <= head_.start + head_.queries;
     const uint16_t* rows = whole ? head_.context + static_cast<size_t>(token) * cached() : head_.context_end;
     uint8_t* values = at(plan_.values) + static_cast<size_t>(pair) * kPair * value() * 2;
     for (int columns = 0; columns < plan_.value_pairs; ++columns) {

@@ -8,7 +8,6 @@ lies.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +88,6 @@ class LatentAttention:
         )
         self.w_uk = per_head[:, : config.qk_nope_head_dim].contiguous()
         self.w_uv = per_head[:, config.qk_nope_head_dim :].contiguous()
-        self._native = _native_prefill(config, self.w_uk, self.w_uv, placement)
 
     def __call__(self, x: Tensor, step: Step, cache: Tensor) -> Tensor:
         """cache: this layer's [capacity, kv_lora_rank + qk_rope_head_dim]; rows start... are written here."""
@@ -97,14 +95,12 @@ class LatentAttention:
         query, kv = self.inputs(x)
         if config.q_lora_rank is not None:
             query = self.q_b_proj(self.q_norm.apply_(query))
+        query = query.view(step.num_tokens, config.num_attention_heads, config.qk_head_dim)
+        rotate_(query[..., config.qk_nope_head_dim :], step.rotations)
         end = step.start + step.num_tokens
         self.kv_norm.apply_(kv[:, : config.kv_lora_rank])
         rotate_(kv[:, None, config.kv_lora_rank :], step.rotations)
         cache[step.start : end].copy_(kv)
-        if self._native is not None and step.num_tokens > 1:
-            return self.o_proj(self._full_native(query, cache[:end], step))
-        query = query.view(step.num_tokens, config.num_attention_heads, config.qk_head_dim)
-        rotate_(query[..., config.qk_nope_head_dim :], step.rotations)
         if step.num_tokens == 1:
             return self.o_proj(self._absorbed(query, cache[:end]))
         return self.o_proj(self._full(query, cache[:end], step))
@@ -125,20 +121,6 @@ class LatentAttention:
         )
         latents = attended.view(rows.shape)[..., :latent].to(self.w_uv.dtype)
         return torch.bmm(latents, self.w_uv.mT).view(1, -1).to(torch.float32)
-
-    def _full_native(self, query: Tensor, context: Tensor, step: Step) -> Tensor:
-        """As _full, from queries [num_tokens, heads * qk_head_dim] that are not rotated yet."""
-        config = self.config
-        out = torch.empty(step.num_tokens, config.num_attention_heads * config.v_head_dim)
-        rotations = torch.view_as_real(step.rotations).view(step.num_tokens, config.qk_rope_head_dim)
-        self._native.forward(
-            query.contiguous().numpy(),
-            rotations.numpy(),
-            context.view(torch.uint16).numpy(),
-            step.start,
-            out.numpy(),
-        )
-        return out
 
     def _full(self, query: Tensor, context: Tensor, step: Step) -> Tensor:
         """query [num_tokens, heads, qk_head_dim] -> [num_tokens, heads * v_head_dim].
@@ -201,21 +183,6 @@ class LatentAttention:
         flat = weight.reshape(heads * dim, latent).to(compressed.dtype)
         per_head = functional.linear(compressed, flat).view(-1, heads, dim)
         return per_head if dim == width else functional.pad(per_head, (0, width - dim))
-
-
-def _native_prefill(config: ModelConfig, w_uk: Tensor, w_uv: Tensor, placement: Placement) -> Any:
-    """The CPU kernels' attention for many tokens, or None where torch has to do it."""
-    if not placement.uses_cpu_kernels:
-        return None
-    from ._kernels import latent_prefill
-
-    return latent_prefill(
-        placement.pool,
-        config.qk_rope_head_dim,
-        config.softmax_scale,
-        w_uk.view(torch.uint16).numpy(),
-        w_uv.view(torch.uint16).numpy(),
-    )
 
 
 def _row_order(config: ModelConfig, leading: int, blocks: int) -> Tensor | None:

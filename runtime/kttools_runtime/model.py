@@ -18,7 +18,7 @@ from .mlp import GatedMLP
 from .moe import MoELayer, RoutedExperts
 from .norm import RMSNorm
 from .rope import Rope
-from .step import MAX_STEP_TOKENS, Steps
+from .step import Steps
 from .torch_threads import set_torch_threads
 
 if TYPE_CHECKING:
@@ -204,10 +204,11 @@ class Model:
     def _forward(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """tokens int64 [T] at the cache's end -> hidden [T, hidden_size] float32 before the last norm."""
         start, num_tokens = cache.length, tokens.shape[0]
-        set_torch_threads(self.config, self.dtype, self.threads, start, num_tokens)
+        if self._steps is None or self._steps.uses_torch(num_tokens):
+            set_torch_threads(self.config, self.dtype, self.threads, start, num_tokens)
         step = Step(start, num_tokens, self._rope.rotations(start, num_tokens))
         hidden = self._embedding[tokens].to(torch.float32)
-        if self._steps is not None and num_tokens <= MAX_STEP_TOKENS:
+        if self._steps is not None:
             self._steps.forward(hidden, step, cache)
         else:
             for layer, rows in zip(self.layers, cache.layers, strict=True):

@@ -1,4 +1,4 @@
-"""Decode on the CPU: a few tokens through a layer in two calls of C++, not some forty operations of torch.
+"""On the CPU: tokens through a layer in two calls of C++, not some forty operations of torch.
 
 The same arithmetic as the modules it is made of, in float32 between matrices; what has no native form
 (another kind of attention, a bias, an expert table, experts that are being recorded) runs as the module it
@@ -35,13 +35,18 @@ class Steps:
         self._layers = layers
         self._halves = [(_attention_step(engine, layer), _MlpStep(engine, layer)) for layer in layers]
 
+    def uses_torch(self, num_tokens: int) -> bool:
+        """Whether a layer's attention is torch's for so many tokens at once."""
+        is_many = num_tokens > MAX_STEP_TOKENS
+        return any(half is None or (is_many and not half.takes_many) for half, _ in self._halves)
+
     def forward(self, hidden: Tensor, step: Step, cache: KVCache) -> None:
-        """hidden [T, hidden_size] float32, T <= MAX_STEP_TOKENS, is updated in place; so is the cache."""
+        """hidden [T, hidden_size] float32 is updated in place; so is the cache."""
         array = hidden.numpy()
         rotations = torch.view_as_real(step.rotations).view(step.num_tokens, -1).numpy()
         for index, (attention, mlp) in enumerate(self._halves):
             layer = self._layers[index]
-            if attention is None:
+            if attention is None or (step.num_tokens > MAX_STEP_TOKENS and not attention.takes_many):
                 hidden += layer.attention(layer.attention_norm(hidden), step, cache.layers[index])
             else:
                 attention.forward(array, rotations, cache.array(index), step.start)
