@@ -225,6 +225,21 @@ void layer_forward(LayerOverBlobs& self, const py::array& x, const py::array& id
   if (rows.rows > 0) layer.forward(rows, routing, target);
 }
 
+void layer_biases(LayerOverBlobs& self, const py::array& gate, const py::array& up, const py::array& down) {
+  const py::ssize_t experts = self.layer.num_experts(), inner = self.layer.moe_intermediate_size();
+  const float* g = read<float>(gate, "gate", {experts, inner});
+  const float* u = read<float>(up, "up", {experts, inner});
+  const float* d = read<float>(down, "down", {experts, self.layer.hidden_size()});
+  py::gil_scoped_release release;
+  self.layer.set_biases(g, u, d);
+}
+
+void layer_gate(LayerOverBlobs& self, float alpha, float limit, float up_offset) {
+  if (!(limit > 0.0f)) fail("limit must be above 0, got " + std::to_string(limit));
+  py::gil_scoped_release release;
+  self.layer.set_gate({alpha, limit, up_offset});
+}
+
 double bandwidth_of_memory(Engine& engine, const py::array& memory) {
   const uint8_t* data = read<uint8_t>(memory, "memory", {memory.size()});
   const auto bytes = static_cast<size_t>(memory.size());
@@ -306,6 +321,8 @@ PYBIND11_MODULE(_kernels, m) {
       .def(
           "make_resident", [](LayerOverBlobs& self) { self.layer.make_resident(); },
           py::call_guard<py::gil_scoped_release>())
+      .def("set_biases", &layer_biases, py::arg("gate"), py::arg("up"), py::arg("down"))
+      .def("set_gate", &layer_gate, py::arg("alpha"), py::arg("limit"), py::arg("up_offset"))
       .def("forward", &layer_forward, py::arg("x"), py::arg("expert_ids"), py::arg("expert_weights"), py::arg("out"));
 
   py::class_<PackedLinear>(m, "PackedLinear")

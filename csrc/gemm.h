@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "layout.h"
+#include "row_math.h"
 
 namespace kt {
 
@@ -98,6 +99,8 @@ struct StripSink {
   Arithmetic arithmetic;
   EpilogueArgs args;  // of row 0 and strip 0; cols: of the whole matrix
   bool out_is_bf16 = false;
+  const float* bias = nullptr;      // of the strips' columns, [strips][32]
+  const GateShape* gate = nullptr;  // null: silu(gate) * up without biases, in the kernel table
 };
 
 // strips [begin, end) of weights times the activations, each handed to the sink. `next`: memory wanted after this range.

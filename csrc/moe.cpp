@@ -15,6 +15,10 @@ constexpr int kGroupRows = 1280;      // rows between two barriers
 void finish_gate_up(const StripSink& sink, const EpilogueArgs& rows, int strip, EpilogueArgs& args) {
   args.h = rows.h + strip * kTileCols;
   if (rows.scale_b) args.scale_b = rows.scale_b + strip * kStripCols;
+  if (sink.gate) {
+    const float* bias = sink.bias ? sink.bias + strip * kStripCols : nullptr;
+    return gate_mul(args, sink.arithmetic == Arithmetic::kInt8, bias, *sink.gate);
+  }
   (sink.arithmetic == Arithmetic::kInt8 ? sink.kernels->silu_mul_s32 : sink.kernels->silu_mul_f32)(args);
 }
 
@@ -23,6 +27,7 @@ void finish_down(const StripSink& sink, const EpilogueArgs& rows, int strip, Epi
   args.cols = std::min(kStripCols, rows.cols - strip * kStripCols);
   if (rows.scale_b) args.scale_b = rows.scale_b + strip * kStripCols;
   (sink.arithmetic == Arithmetic::kInt8 ? sink.kernels->add_weighted_s32 : sink.kernels->add_weighted_f32)(args);
+  if (sink.bias) add_weighted_bias(args, sink.bias + strip * kStripCols);
 }
 
 // The output rows about to be added to: long since out of the caches when many tokens go by.
@@ -100,6 +105,29 @@ ExpertLayer::Expert ExpertLayer::expert_at(const ExpertBlob& blob, int hidden_si
   };
   return {{shape.gate_up, blob.data, scales(shape.gate_up, shape.gate_up_scales_offset())},
           {shape.down, blob.data + shape.down_offset(), scales(shape.down, shape.down_scales_offset())}};
+}
+
+void ExpertLayer::set_biases(const float* gate, const float* up, const float* down) {
+  const auto inner = static_cast<size_t>(intermediate_), hidden = static_cast<size_t>(hidden_size_);
+  const size_t gate_up_width = gate_up_bias_width(), down_width = down_bias_width();
+  std::vector<float> both(experts_.size() * gate_up_width), last(experts_.size() * down_width);
+  for (size_t e = 0; e < experts_.size(); ++e) {
+    for (size_t i = 0; i < inner; ++i) {
+      float* strip = both.data() + e * gate_up_width + i / kTileCols * kStripCols;
+      strip[i % kTileCols] = gate[e * inner + i];
+      strip[kTileCols + i % kTileCols] = up[e * inner + i];
+    }
+    std::memcpy(last.data() + e * down_width, down + e * hidden, hidden * sizeof(float));
+  }
+  std::lock_guard<std::mutex> busy(engine_->busy());
+  gate_up_bias_ = std::move(both);
+  down_bias_ = std::move(last);
+}
+
+void ExpertLayer::set_gate(const GateShape& gate) {
+  std::lock_guard<std::mutex> busy(engine_->busy());
+  gate_ = gate;
+  is_plain_gate_ = false;
 }
 
 // A copy of all blobs on every node, written by threads of that node so that its memory is taken.
@@ -391,6 +419,8 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
     sink.args.scale_b = weights.scales;
     sink.args.h = engine.hidden.as<float>() + (s.row - row_begin) * hidden_stride;
     sink.args.h_stride = hidden_stride;
+    if (!is_plain_gate_ || !gate_up_bias_.empty()) sink.gate = &gate_;
+    if (!gate_up_bias_.empty()) sink.bias = gate_up_bias_.data() + s.expert * gate_up_bias_width();
     gemm_strips(kernels, s.arithmetic, weights, begin, end, a, end < gate_up_strips ? weights.strip(end) : nullptr,
                 scratch, sink);
   }
@@ -436,6 +466,7 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
       sink.args.out = out;
       sink.args.out_stride = static_cast<size_t>(hidden_size_);
       sink.args.cols = hidden_size_;
+      if (!down_bias_.empty()) sink.bias = down_bias_.data() + s.expert * down_bias_width();
       const uint8_t* next = i + 1 < last        ? experts[plan.segments[i + 1].expert].down.strip(begin)
                             : end < down_strips ? experts[plan.segments[first].expert].down.strip(end)
                                                 : nullptr;

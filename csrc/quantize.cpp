@@ -38,10 +38,32 @@ void check_finite(const float* row, int cols, int r) {
   }
 }
 
+constexpr int kExactCols = 32;  // a block of MXFP4
+
 float largest_magnitude(const float* row, int n) {
   float largest = 0.0f;
   for (int i = 0; i < n; ++i) largest = std::fmax(largest, std::fabs(row[i]));
   return largest;
+}
+
+// The scale in which a row of MXFP4 is a row of int8, exactly; 0 for other rows. Such numbers are 2^e or 1.5 * 2^e, so they
+// are multiples of the row's smallest 2^e or half of that; the largest may be 127 of these. Most rows end at their first
+// number that has more bits.
+float exact_scale(const float* row, int n, float largest) {
+  uint32_t unit = 255;
+  for (int i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, row + i, sizeof bits);
+    if ((bits & 0x7FFFFFFF) == 0) continue;
+    const uint32_t exponent = bits >> 23 & 255, half = bits >> 22 & 1;
+    if ((bits & 0x3FFFFF) != 0 || exponent < 2) return 0.0f;
+    unit = std::min(unit, exponent - half);
+  }
+  const uint32_t scale_bits = unit << 23;
+  float scale;
+  std::memcpy(&scale, &scale_bits, sizeof scale);
+  // Fewer than 8 multiples are no row of MXFP4, whose blocks have 12.
+  return largest <= 127.0f * scale && largest >= 8.0f * scale ? scale : 0.0f;
 }
 
 // Sum of squared errors of w ~ step * (q - offset), q = clamp(round(w / step + offset), 0, 15).
@@ -289,8 +311,10 @@ void quantize_int8(const MatrixView& w, int8_t* q, float* row_scale) {
     w.row(r, row.data());
     check_finite(row.data(), w.cols, r);
     const float amax = largest_magnitude(row.data(), w.cols);
-    row_scale[r] = amax < kTiny ? 0.0f : amax / 127.0f;
-    quantize_row_int8(row.data(), w.cols, amax < kTiny ? 0.0f : 127.0f / amax, q + static_cast<size_t>(r) * w.cols);
+    int8_t* codes = q + static_cast<size_t>(r) * w.cols;
+    const float exact = w.cols >= kExactCols && amax >= kTiny ? exact_scale(row.data(), w.cols, amax) : 0.0f;
+    row_scale[r] = exact > 0.0f ? exact : amax < kTiny ? 0.0f : amax / 127.0f;
+    quantize_row_int8(row.data(), w.cols, exact > 0.0f ? 1.0f / exact : amax < kTiny ? 0.0f : 127.0f / amax, codes);
   }
 }
 

@@ -32,8 +32,13 @@ int index_of_largest(const std::vector<float>& values) {
 
 }  // namespace
 
-Router::Router(std::shared_ptr<Engine> engine, const RouterShape& shape, const float* weight, std::vector<float> bias)
-    : engine_(std::move(engine)), shape_(shape), weight_(weight), bias_(std::move(bias)) {
+Router::Router(std::shared_ptr<Engine> engine, const RouterShape& shape, const float* weight, std::vector<float> bias,
+               std::vector<float> logit_bias)
+    : engine_(std::move(engine)),
+      shape_(shape),
+      weight_(weight),
+      bias_(std::move(bias)),
+      logit_bias_(std::move(logit_bias)) {
   const bool grouped = shape.groups >= 1 && shape.top_groups >= 1 && shape.top_groups <= shape.groups &&
                        shape.num_experts % shape.groups == 0;
   const int eligible = grouped ? shape.num_experts / shape.groups * shape.top_groups : 0;
@@ -43,7 +48,9 @@ Router::Router(std::shared_ptr<Engine> engine, const RouterShape& shape, const f
                                 " of " + std::to_string(shape.groups) + " groups");
   }
   const auto experts = static_cast<size_t>(shape.num_experts);
-  if (!bias_.empty() && bias_.size() != experts) throw std::invalid_argument("bias and experts differ in number");
+  for (const std::vector<float>* each : {&bias_, &logit_bias_}) {
+    if (!each->empty() && each->size() != experts) throw std::invalid_argument("bias and experts differ in number");
+  }
   const size_t count = experts * static_cast<size_t>(shape.hidden_size);
   if (!is_bf16_exact(weight, count)) return;
   weight_bf16_.resize(count);
@@ -81,6 +88,7 @@ void Router::logits(const float* x, int begin, int end, float* out) const {
   } else {
     dot_rows_bf16(x, weight_bf16_.data() + first, end - begin, width, out + begin);
   }
+  for (int e = begin; e < end && !logit_bias_.empty(); ++e) out[e] += logit_bias_[static_cast<size_t>(e)];
 }
 
 void Router::choose(float* scores, int64_t* ids, float* weights) const {

@@ -26,8 +26,10 @@ struct RouterShape {
 class Router {
  public:
   // weight [num_experts, hidden_size], read in place unless bf16 holds it exactly (then half the bytes are kept);
-  // bias [num_experts] or empty. Throws std::invalid_argument on a shape that cannot be.
-  Router(std::shared_ptr<Engine> engine, const RouterShape& shape, const float* weight, std::vector<float> bias);
+  // bias [num_experts], added to scores when they are compared, or empty; logit_bias [num_experts], added to weight * x, or
+  // empty. Throws std::invalid_argument on a shape that cannot be.
+  Router(std::shared_ptr<Engine> engine, const RouterShape& shape, const float* weight, std::vector<float> bias,
+         std::vector<float> logit_bias = {});
 
   const RouterShape& shape() const { return shape_; }
 
@@ -44,6 +46,7 @@ class Router {
   const float* weight_;
   std::vector<uint16_t> weight_bf16_;  // empty: not exact
   std::vector<float> bias_;
+  std::vector<float> logit_bias_;
   std::vector<float> scores_;  // of all tokens
 };
 

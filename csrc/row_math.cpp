@@ -76,6 +76,39 @@ KT_INLINE void silu(Lanes& x) {
   x = x / (1.0f + e);
 }
 
+KT_INLINE void load(Lanes& v, const int32_t* p) {
+  Words bits;
+  std::memcpy(&bits, p, sizeof bits);
+  using Signed = int32_t __attribute__((vector_size(64)));
+  v = __builtin_convertvector(reinterpret_cast<Signed&>(bits), Lanes);
+}
+
+// Comparisons that are false for NaN keep it.
+template <typename T>
+KT_INLINE void gate_rows(const EpilogueArgs& e, const float* bias, const GateShape& gate) {
+  const Lanes high = Lanes{} + gate.limit, low = -high;
+  Lanes scales[2] = {}, biases[2] = {};
+  for (size_t tile = 0; tile < 2; ++tile) {
+    if (e.scale_a) load(scales[tile], e.scale_b + tile * kLanes);
+    if (bias) load(biases[tile], bias + tile * kLanes);
+  }
+  for (int r = 0; r < e.rows; ++r) {
+    Lanes value[2];
+    for (size_t tile = 0; tile < 2; ++tile) {
+      load(value[tile], static_cast<const T*>(e.c) + static_cast<size_t>(r) * kStripCols + tile * kLanes);
+      if (e.scale_a) value[tile] *= scales[tile] * e.scale_a[r];
+      value[tile] += biases[tile];
+    }
+    const Lanes g = value[0] > high ? high : value[0];
+    Lanes u = value[1] > high ? high : value[1];
+    u = u < low ? low : u;
+    Lanes power = g * -gate.alpha;
+    exponential(power);
+    const Lanes out = g / (1.0f + power) * (u + gate.up_offset);
+    store(out, e.h + static_cast<size_t>(r) * e.h_stride);
+  }
+}
+
 template <typename T>
 KT_INLINE void dot_rows(const float* x, const T* matrix, int rows, size_t n, float* out) {
   const size_t whole = n / kLanes * kLanes, tail = n - whole;
@@ -271,6 +304,21 @@ KT_CLONES void silu_mul(const float* gate, const float* up, size_t n, float* out
     load_tail(u, up + i, n - i);
     silu(g);
     store_tail(g * u, out + i, n - i);
+  }
+}
+
+KT_CLONES void gate_mul(const EpilogueArgs& args, bool is_int8, const float* bias, const GateShape& gate) {
+  if (is_int8) {
+    gate_rows<int32_t>(args, bias, gate);
+  } else {
+    gate_rows<float>(args, bias, gate);
+  }
+}
+
+KT_CLONES void add_weighted_bias(const EpilogueArgs& args, const float* bias) {
+  for (int r = 0; r < args.rows; ++r) {
+    float* y = static_cast<float*>(args.out) + static_cast<size_t>(args.token[r]) * args.out_stride;
+    for (int col = 0; col < args.cols; ++col) y[col] += args.weight[r] * bias[col];
   }
 }
 

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace kt {
 
 // out = x / sqrt(mean(x^2) + eps) * weight, as x * rsqrt(sum(x^2) + sum_eps) * scaled_weight with sum_eps = n eps and
@@ -16,6 +18,20 @@ void rotate_pairs(float* x, const float* rotation, size_t pairs);
 
 // out = silu(gate) * up. out may be gate or up.
 void silu_mul(const float* gate, const float* up, size_t n, float* out);
+
+// What an expert makes of gate and up: g * sigmoid(alpha g) * (u + up_offset) with g = min(gate, limit) and u = up within
+// +-limit. The defaults are silu(gate) * up.
+struct GateShape {
+  float alpha = 1.0f;
+  float limit = __builtin_inff();
+  float up_offset = 0.0f;
+};
+
+// silu_mul of the kernel tables for any gate, after a bias [32] for the strip's columns (may be null). is_int8: c is int32.
+void gate_mul(const EpilogueArgs& args, bool is_int8, const float* bias, const GateShape& gate);
+
+// y[token[r]][0..cols) += weight[r] * bias[0..cols), of an output that add_weighted has written.
+void add_weighted_bias(const EpilogueArgs& args, const float* bias);
 
 // y += scale * x.
 void add_scaled(float* y, const float* x, float scale, size_t n);

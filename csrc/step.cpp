@@ -102,13 +102,23 @@ void MoeStep::forward(float* hidden, int rows) {
   std::lock_guard<std::mutex> stepping(engine_->stepping());
   const auto width = static_cast<size_t>(hidden_size());
   float* x = reserve_floats(engine_->step.normed, rows, hidden_size());
-  float* routed = reserve_floats(engine_->step.routed, rows, hidden_size());
   each_row(*engine_, rows, [&](size_t r) { norm_.apply(hidden + r * width, x + r * width); });
   const int k = router_->shape().k;
   std::vector<int64_t> ids(static_cast<size_t>(rows) * static_cast<size_t>(k));
   std::vector<float> weights(ids.size());
   router_->forward(x, rows, ids.data(), weights.data());
-  experts_->forward(step_input(x, rows, hidden_size()), {ids.data(), weights.data(), k}, routed);
+  mix(hidden, x, rows, {ids.data(), weights.data(), k});
+}
+
+void MoeStep::forward_routed(float* hidden, const float* x, int rows, const Routing& routing) {
+  std::lock_guard<std::mutex> stepping(engine_->stepping());
+  mix(hidden, x, rows, routing);
+}
+
+void MoeStep::mix(float* hidden, const float* x, int rows, const Routing& routing) {
+  const auto width = static_cast<size_t>(hidden_size());
+  float* routed = reserve_floats(engine_->step.routed, rows, hidden_size());
+  experts_->forward(step_input(x, rows, hidden_size()), routing, routed);
   for (int first = 0; shared_ && first < rows; first += kMaxGroupRows) {
     const size_t offset = static_cast<size_t>(first) * width;
     add_shared(x + offset, std::min(kMaxGroupRows, rows - first), routed + offset);

@@ -100,8 +100,11 @@ class MoeStep {
           std::unique_ptr<GatedMlp> shared, std::vector<float> shared_gate);
   int hidden_size() const { return norm_.size(); }
   void forward(float* hidden, int rows);
+  // x [rows, hidden_size]: the normed hidden; routing: somebody else's choice for its rows.
+  void forward_routed(float* hidden, const float* x, int rows, const Routing& routing);
 
  private:
+  void mix(float* hidden, const float* x, int rows, const Routing& routing);
   void add_shared(const float* x, int rows, float* hidden) const;
 
   std::shared_ptr<Engine> engine_;

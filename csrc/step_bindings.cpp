@@ -60,7 +60,8 @@ RouterKind router_kind(const std::string& name) {
 
 std::unique_ptr<Over<Router>> make_router(std::shared_ptr<Engine> engine, const std::string& kind, int groups,
                                           int top_groups, int k, bool normalise, float scale, const py::array& weight,
-                                          const std::optional<py::array>& bias) {
+                                          const std::optional<py::array>& bias,
+                                          const std::optional<py::array>& logit_bias) {
   if (weight.ndim() != 2) fail("weight must have 2 dimensions, got " + shape_text(weight));
   const RouterShape shape = {router_kind(kind),
                              checked_int(weight.shape(0), "experts"),
@@ -71,7 +72,8 @@ std::unique_ptr<Over<Router>> make_router(std::shared_ptr<Engine> engine, const 
                              normalise,
                              scale};
   const float* data = read<float>(weight, "weight", {shape.num_experts, shape.hidden_size});
-  return keep({weight}, Router(std::move(engine), shape, data, floats_of(bias, "bias")));
+  return keep({weight},
+              Router(std::move(engine), shape, data, floats_of(bias, "bias"), floats_of(logit_bias, "logit_bias")));
 }
 
 void route(Over<Router>& self, const py::array& x, py::array ids, py::array weights) {
@@ -126,6 +128,18 @@ LatentWeights latent_weights(const LatentShape& shape, const py::array& up_key, 
           read<uint16_t>(up_value, "up_value", {shape.heads, shape.value, shape.latent})};
 }
 
+void forward_routed(Over<MoeStep>& self, py::array hidden, const py::array& x, const py::array& ids,
+                    const py::array& weights) {
+  const int rows = step_rows(hidden), width = self.value.hidden_size();
+  float* data = write<float>(hidden, "hidden", {rows, width});
+  const float* normed = read<float>(x, "x", {rows, width});
+  if (ids.ndim() != 2) fail("ids must have 2 dimensions, got " + shape_text(ids));
+  const int k = checked_int(ids.shape(1), "k");
+  const Routing routing = {read<int64_t>(ids, "ids", {rows, k}), read<float>(weights, "weights", {rows, k}), k};
+  py::gil_scoped_release release;
+  self.value.forward_routed(data, normed, rows, routing);
+}
+
 std::unique_ptr<Over<LatentStep>> make_latent(std::shared_ptr<Engine> engine, int rope, float softmax_scale,
                                               const NormArgs& norm, const Linears& inputs,
                                               const std::optional<NormArgs>& q_norm, py::object q_b,
@@ -169,7 +183,8 @@ void bind_steps(py::module_& m) {
   m.attr("MAX_STEP_ROWS") = kMaxStepRows;
   py::class_<Over<Router>>(m, "Router")
       .def(py::init(&make_router), py::arg("engine"), py::arg("kind"), py::arg("groups"), py::arg("top_groups"),
-           py::arg("k"), py::arg("normalise"), py::arg("scale"), py::arg("weight"), py::arg("bias") = py::none())
+           py::arg("k"), py::arg("normalise"), py::arg("scale"), py::arg("weight"), py::arg("bias") = py::none(),
+           py::arg("logit_bias") = py::none())
       .def("forward", &route, py::arg("x"), py::arg("ids"), py::arg("weights"));
   py::class_<Over<DenseStep>>(m, "DenseStep")
       .def(py::init(&make_dense), py::arg("engine"), py::arg("norm"), py::arg("gate_up"), py::arg("down"))
@@ -177,7 +192,8 @@ void bind_steps(py::module_& m) {
   py::class_<Over<MoeStep>>(m, "MoeStep")
       .def(py::init(&make_moe), py::arg("engine"), py::arg("norm"), py::arg("router"), py::arg("experts"),
            py::arg("shared_gate_up"), py::arg("shared_down") = py::none(), py::arg("shared_gate") = py::none())
-      .def("forward", &forward_mlp<MoeStep>, py::arg("hidden"));
+      .def("forward", &forward_mlp<MoeStep>, py::arg("hidden"))
+      .def("forward_routed", &forward_routed, py::arg("hidden"), py::arg("x"), py::arg("ids"), py::arg("weights"));
   py::class_<Over<LatentStep>>(m, "LatentStep")
       .def(py::init(&make_latent), py::arg("engine"), py::arg("rope"), py::arg("softmax_scale"), py::arg("norm"),
            py::arg("inputs"), py::arg("q_norm"), py::arg("q_b"), py::arg("kv_norm"), py::arg("up_key"),

@@ -34,6 +34,7 @@ COMMANDS: dict[str, Entry] = {
     "chat": Entry("kttools.commands.chat:command", "Talk to a model, or answer one prompt."),
     "inspect": Entry("kttools.commands.inspect:command", "Show what is in a bundle, checkpoint or pack."),
     "verify": Entry("kttools.commands.verify:command", "Check every byte of a bundle."),
+    "sign": Entry("kttools.commands.sign:command", "Sign a bundle, so that others know who made it."),
     "bundle": Entry("kttools.commands.bundle:command", "Pack, unpack and cut bundles."),
     "bench": Entry("kttools.commands.bench:command", "Measure the expert engine or a whole model."),
     "doctor": Entry("kttools.commands.doctor:command", "Show what this machine can run, and what slows it."),

@@ -5,7 +5,8 @@
     temp = 0.6
 
 ./kttools.toml comes before the one in the user's configuration directory; in one file a command's table comes
-before the top level. Keys are the long option names, with - or _.
+before the top level. Keys are the long option names, with - or _. trusted_keys (and a require_signature that
+is not true) counts only in the user's own file.
 """
 
 import importlib
@@ -17,6 +18,8 @@ from kttools_runtime.errors import InvalidInputError
 from .dirs import config_dir
 
 NAME = "kttools.toml"
+# Whom the user trusts is not for a directory to say that the user happens to be in: it may be a bundle's own.
+TRUST_KEYS = ("trusted_keys", "signer", "key")
 MAX_BYTES = 1 << 20
 Scalar = str | int | float | bool
 
@@ -68,10 +71,20 @@ def _matched(path: Path, entries: dict[str, Any], known: dict[str, str], strict:
             if strict:
                 raise InvalidInputError(f"{path}: unknown option {key!r}; known: {', '.join(sorted(known))}")
             continue
+        _check_may_say(path, key.replace("-", "_").lower(), value)
         if not _is_plain(value):
             raise InvalidInputError(f"{path}: {key} must be a string, number, boolean or a list of them")
         found[name] = value
     return found
+
+
+def _check_may_say(path: Path, key: str, value: object) -> None:
+    """Raises InvalidInputError for a file of the current directory that wants to loosen what is trusted."""
+    own = config_dir() / NAME
+    if path == own:
+        return
+    if key in TRUST_KEYS or (key == "require_signature" and value is not True):
+        raise InvalidInputError(f"{path}: {key} may only be set in {own}")
 
 
 def _is_plain(value: object) -> bool:

@@ -25,15 +25,28 @@ SMALL_FILE_BYTES = 16 << 20  # up to here a fingerprint covers the content, beyo
 EDGE_BYTES = 1 << 20
 
 
-def resolve_model(text: str) -> Path:
-    """The directory or GGUF file MODEL names. Raises InvalidInputError or DownloadError."""
+def resolve_model(text: str, may_fetch: bool = True) -> Path:
+    """The directory or GGUF file MODEL names. Raises InvalidInputError or DownloadError.
+
+    may_fetch: a hub id that is not in the local cache is pulled, if the user agrees (see on_demand); and a
+    bundle must bear the signature that the user's configuration asks for.
+    """
+    path = _find_model(text, may_fetch)
+    if may_fetch and is_bundle(path):
+        from .trust_options import check_configured
+
+        check_configured(path)
+    return path
+
+
+def _find_model(text: str, may_fetch: bool) -> Path:
     path = Path(text).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
         return _directory_of(path)
     if HUB_ID.fullmatch(text) and not path.parent.is_dir():
-        return _hub_snapshot(text)
+        return _hub_snapshot(text, may_fetch)
     raise InvalidInputError(f"{text}: no such file or directory, and not a hub id (org/name)")
 
 
@@ -124,18 +137,21 @@ def _directory_of(file: Path) -> Path:
     )
 
 
-def _hub_snapshot(repo_id: str) -> Path:
-    """The newest snapshot of a hub id in the local cache; nothing is downloaded (models are large)."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _hub_snapshot(repo_id: str, may_fetch: bool) -> Path:
+    """The newest snapshot of a hub id in the local cache, else what is pulled into it."""
+    from .bundle.hub.cache import cached_snapshot
 
-    try:
-        return Path(snapshot_download(repo_id, local_files_only=True))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    snapshot = cached_snapshot(repo_id, must_be_whole=may_fetch)
+    if snapshot is not None:
+        return snapshot
+    if not may_fetch:
         raise DownloadError(
             f"{repo_id}: not in the local Hugging Face cache (HF_HOME), and not a directory here;"
-            f" fetch it first: hf download {repo_id}"
-        ) from error
+            f" fetch it first: kttools bundle pull {repo_id}"
+        )
+    from .on_demand import pull_model
+
+    return pull_model(repo_id)
 
 
 def _plain_name(path: Path) -> str:

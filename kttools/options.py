@@ -1,8 +1,8 @@
 """What all commands share: spellings, environment variables, the config file, and options used by several.
 
 A command is an ordinary click command. adopt() gives each of its options an environment variable per long
-spelling (KTTOOLS_CPU_INFER for --cpu_infer) and the hidden --quiet and --debug; normalise_token() makes - and
-_ the same everywhere, so an option is declared once, in the spelling people know.
+spelling (KTTOOLS_CPU_INFER for --cpu_infer) and the hidden --quiet, --debug and --yes. normalise_token()
+makes - and _ the same everywhere, so an option is declared once, in the spelling people know.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(slots=True)
 class Settings:
-    """What --quiet and --debug set; the context's obj."""
+    """What --quiet, --debug and --yes set; the context's obj."""
 
     quiet: bool = False
     debug: bool = False
+    yes: bool = False
 
 
 def settings() -> Settings:
@@ -75,7 +76,7 @@ def _chosen(command: click.Command, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def global_options(hidden: bool = False) -> list[click.Option]:
-    """--quiet and --debug, accepted before and after the command's name."""
+    """--quiet, --debug and --yes, accepted before and after the command's name."""
     return [
         click.Option(
             ["--quiet"],
@@ -94,6 +95,14 @@ def global_options(hidden: bool = False) -> list[click.Option]:
             callback=_set_debug,
             help="Show the traceback of an error.",
         ),
+        click.Option(
+            ["--yes"],
+            is_flag=True,
+            hidden=hidden,
+            expose_value=False,
+            callback=_set_yes,
+            help="Download a model that is not here without asking.",
+        ),
     ]
 
 
@@ -105,6 +114,11 @@ def _set_quiet(context: click.Context, _: click.Parameter, value: bool) -> None:
 def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         context.ensure_object(Settings).debug = True
+
+
+def _set_yes(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(Settings).yes = True
 
 
 def notice(message: str) -> None:

@@ -93,6 +93,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": DEFAULT_ROPE | {"partial_rotary_factor": 0.5},
         },
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": 8,
+            "head_dim": 24,
+            "num_experts_per_tok": 3,
+            "sliding_window": 19,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
 }
 GROUPS: dict[str, Any] = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
 ODD: dict[str, Any] = {
@@ -155,6 +173,15 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "no_bias_all_moe": {"attention_bias": False, "first_k_dense_replace": 0, "n_shared_experts": 2},
         "odd": ODD | {"n_routed_experts": 6, "head_dim": 12, "use_qk_norm": True},
     },
+    "gpt_oss": {
+        "base": {},
+        "no_attention_bias": {"attention_bias": False, "tie_word_embeddings": True},
+        "all_windows": {"layer_types": ["sliding_attention"] * 3, "sliding_window": 7},
+        "no_window": {"layer_types": ["full_attention"] * 3, "num_key_value_heads": 1},
+        "gate": {"swiglu_alpha": 0.7, "swiglu_limit": 0.75},
+        "default_rope": {"rope_parameters": DEFAULT_ROPE, "num_experts_per_tok": 1},
+        "odd": ODD | {"num_local_experts": 5, "head_dim": 10, "rms_norm_eps": 1e-3},
+    },
 }
 ALL_CASES = [(family, case) for family, cases in CASES.items() for case in cases]
 FIRST_CASES = [(family, next(iter(cases))) for family, cases in CASES.items()]
@@ -165,7 +192,7 @@ def hf_model(family: str, case: str, seed: int = 0, **changes: Any) -> Any:
     transformers = pytest.importorskip("transformers", reason="transformers (dev dependency) is the oracle")
     prefix, own = FAMILIES[family]
     values = COMMON | own | CASES[family][case] | changes
-    if family == "mixtral":
+    if family in ("mixtral", "gpt_oss"):
         values.pop("moe_intermediate_size")
     config = getattr(transformers, f"{prefix}Config")(**values)
     config._attn_implementation = "eager"

@@ -55,8 +55,8 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
 def test_hub_id_that_is_not_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(DownloadError, match=r"not in the local Hugging Face cache.*hf download org/name"):
-        resolve_model("org/name")
+    with pytest.raises(DownloadError, match=r"not in the local Hugging Face cache.*bundle pull org/name"):
+        resolve_model("org/name", may_fetch=False)
 
 
 def test_hub_id_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +68,8 @@ def test_hub_id_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert resolve_model("org/name", may_fetch=False) == snapshot
+    (snapshot / "model.safetensors").write_bytes(b"x")
     assert resolve_model("org/name") == snapshot
     made: list[Path] = []
     assert ensure_bundle(snapshot, fake_quantise(made)).name.startswith("models--org--name-")

@@ -49,7 +49,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
 
 
 def _bundle(root: Path) -> dict[str, Any]:
-    manifest = load_manifest(root)
+    manifest = load_manifest(root, allow_partial=True)
     shards = Checkpoint.open(root / "shards")
     parameters = _parameters(manifest.model)
     sizes = {path: entry.bytes for path, entry in manifest.files.items()}
@@ -74,6 +74,7 @@ def _bundle(root: Path) -> dict[str, Any]:
         "files": [{"path": name, "bytes": size} for name, size in sizes.items()],
         "extra_files": [name for name in collect_files(root) if name not in manifest.files],
         "source": {"files": manifest.source["files"]},
+        "subset": manifest.subset.to_dict() if manifest.subset else None,
         "manifest_sha256": manifest.manifest_sha256,
     }
 

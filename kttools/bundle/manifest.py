@@ -14,6 +14,7 @@ from kttools_runtime.manifest import (
     ExpertFile,
     License,
     Manifest,
+    Subset,
     parse_manifest,
     self_sha256,
 )
@@ -37,6 +38,7 @@ def build_manifest(
     model_card: str | None = None,
     expert_tables: dict[str, str] | None = None,
     requires: tuple[str, ...] = (),
+    subset: Subset | None = None,
     other: dict[str, Any] | None = None,
 ) -> bytes:
     """The bytes of bundle.json. source_files: path (bare name), bytes, sha256 of what it was made from.
@@ -59,6 +61,7 @@ def build_manifest(
         "experts": {str(layer): expert.to_dict() for layer, expert in experts.items()},
         "expert_tables": expert_tables or {},
         "linears": linears,
+        "subset": subset.to_dict() if subset else None,
         "files": [
             {"path": path, "bytes": d.bytes, "xxh3_128": d.xxh3_128, "sha256": d.sha256}
             for path, d in sorted(files.items())
@@ -97,6 +100,7 @@ def manifest_parts(manifest: Manifest) -> dict[str, Any]:
         "model_card": manifest.model_card,
         "expert_tables": manifest.expert_tables,
         "requires": manifest.requires,
+        "subset": manifest.subset,
         "other": manifest.other,
     }
 

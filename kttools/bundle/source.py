@@ -126,8 +126,9 @@ class BundleWeights:
     def _pack(self, name: str) -> "tuple[_Pack, int] | None":
         for layer, pack in self._packs.items():
             prefix = experts_prefix(layer)
-            if name.startswith(prefix):
-                return pack, PROJECTIONS.index(name.removeprefix(prefix))
+            projection = name.removeprefix(prefix)
+            if name.startswith(prefix) and projection in PROJECTIONS:
+                return pack, PROJECTIONS.index(projection)
         return None
 
 

@@ -11,6 +11,7 @@ import click
 
 from kttools.model_source import ensure_bundle, resolve_model
 from kttools.options import notice
+from kttools.trust_options import check_trust
 from kttools_runtime.errors import InvalidInputError, UsageError
 
 from .session import ChatOptions, ChatSession, sampling_params
@@ -52,12 +53,15 @@ def open_session(
     gguf_path: str | None = None,
     **options: Any,
 ) -> tuple[ChatSession, float]:
-    """The session and the seconds that loading took. options: other fields of ChatOptions.
+    """The session and the seconds that loading took.
 
+    options: other fields of ChatOptions, and what signature_options() gives.
     gguf_path: weights that replace those of model_name.
     """
     weights = resolve_model(gguf_path) if gguf_path else None
-    bundle = ensure_bundle(resolve_model(model_name), quantise_in_cache, weights)
+    path = resolve_model(model_name)
+    check_trust(path, options)
+    bundle = ensure_bundle(path, quantise_in_cache, weights)
     started = time.perf_counter()
     model = load_model(bundle, load)
     load_s = time.perf_counter() - started

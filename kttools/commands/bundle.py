@@ -4,8 +4,11 @@ import click
 
 from kttools import options
 
+from .bundle_pack import command as pack
 from .bundle_pull import command as pull
 from .bundle_push import command as push
+from .bundle_subset import command as subset
+from .bundle_unpack import command as unpack
 
 GROUP_EPILOG = """\b
 Examples:
@@ -16,7 +19,7 @@ Examples:
   kttools bundle pull org/model-int8 -o ./model-int8
 """
 # Light modules only: what a command needs beyond click is imported when it runs.
-COMMANDS: tuple[click.Command, ...] = (pull, push)
+COMMANDS: tuple[click.Command, ...] = (pack, unpack, subset, push, pull)
 
 
 @click.group(

@@ -8,6 +8,7 @@ import click
 
 from kttools import options
 from kttools.chat.prompt_text import one_shot_prompt
+from kttools.trust_options import signature_options
 from kttools_runtime.errors import UsageError
 
 EPILOG = """\b
@@ -70,6 +71,7 @@ Examples:
 @options.isa_option
 @options.numa_option
 @options.overcommit_option
+@signature_options
 @click.option("--raw", is_flag=True, help="Continue the plain text, without the chat template.")
 @options.json_option
 @click.pass_context

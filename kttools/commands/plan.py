@@ -98,7 +98,7 @@ def _run(
     from kttools.quantize.recipe import DEFAULT_CPU_FORMAT, DEFAULT_GPU_FORMAT
     from kttools_runtime.env import default_threads
 
-    path = resolve_model(model)
+    path = resolve_model(model, may_fetch=False)
     subject = open_subject(path)
     for line in subject.notices:
         options.notice(line)

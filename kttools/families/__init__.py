@@ -12,7 +12,7 @@ from kttools_runtime import strict_json
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
 
-from . import deepseek_v2, deepseek_v3, glm4_moe, mixtral, qwen2_moe, qwen3_moe
+from . import deepseek_v2, deepseek_v3, glm4_moe, gpt_oss, mixtral, qwen2_moe, qwen3_moe
 from .base import Family, Role, TensorSpec
 from .canonical import canonical_tensors
 from .declared import DeclaredWeights
@@ -38,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     qwen2_moe.FAMILY,
     mixtral.FAMILY,
     glm4_moe.FAMILY,
+    gpt_oss.FAMILY,
 )
 MAX_CONFIG_BYTES = 10_000_000
 
@@ -80,7 +81,7 @@ def open_model(path: str | Path, gguf_path: str | Path | None = None) -> SourceM
         gguf = open_gguf(gguf_path, with_tokenizer=False)
         notices += gguf.notices
         return SourceModel(Path(gguf_path), family, model_config, config, notices, gguf.weights, directory)
-    checkpoint = open_checkpoint(directory, config.get("quantization_config"), str(config_file))
+    checkpoint = family.view(open_checkpoint(directory, config.get("quantization_config"), str(config_file)))
     return SourceModel(directory, family, model_config, config, notices, checkpoint, directory)
 
 

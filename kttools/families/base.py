@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from kttools.checkpoint.base import Weights
 from kttools_runtime.config import ModelConfig
 
 
@@ -22,6 +23,7 @@ class Role(str, Enum):
     SHARED_EXPERT = "shared_expert"
     HEAD = "head"
     EXPERT = "expert"
+    EXPERT_BIAS = "expert_bias"
 
     @property
     def is_linear(self) -> bool:
@@ -88,6 +90,7 @@ class Family:
     device_tensors(config): every non-expert tensor. expert_layouts(config): the known ways to store experts.
     experts_prefix(layer): what stands before the parts' names. left_out(name, config, names): why a tensor
     that the table does not list may be left out, or None when it is unexpected; names: all tensors there are.
+    view(checkpoint): safetensors under the names of the tables, where they lie in another way.
     """
 
     name: str
@@ -99,3 +102,4 @@ class Family:
     expert_layouts: Callable[[ModelConfig], list[ExpertLayout]]
     experts_prefix: Callable[[int], str]
     left_out: Callable[[str, ModelConfig, frozenset[str]], str | None]
+    view: Callable[[Weights], Weights] = lambda checkpoint: checkpoint

@@ -63,7 +63,10 @@ def _gqa(config: ModelConfig, prefix: str) -> list[TensorSpec]:
     biases = {"q_proj": query, "k_proj": key, "v_proj": key} if config.attention_bias else {}
     biases |= {"o_proj": hidden} if config.attention_output_bias else {}
     norms = {"q_norm": dim, "k_norm": dim} if config.qk_norm else {}
-    return _attention_specs(prefix, linears, biases, norms)
+    specs = _attention_specs(prefix, linears, biases, norms)
+    if config.attention_sinks:
+        specs.append(TensorSpec(f"{prefix}sinks", Role.ATTENTION_BIAS, (config.num_attention_heads,)))
+    return specs
 
 
 _ATTENTION = {"mla": _mla, "gqa": _gqa}
@@ -100,6 +103,15 @@ def _dense(config: ModelConfig, prefix: str) -> list[TensorSpec]:
 def _moe(config: ModelConfig, prefix: str) -> list[TensorSpec]:
     hidden, experts = config.hidden_size, config.n_routed_experts
     specs = [TensorSpec(prefix + "gate.weight", Role.ROUTER, (experts, hidden))]
+    if config.router_bias:
+        specs.append(TensorSpec(prefix + "gate.bias", Role.ROUTER_BIAS, (experts,)))
+    if config.expert_bias:
+        inner = config.moe_intermediate_size
+        widths = {"gate_proj": inner, "up_proj": inner, "down_proj": hidden}
+        specs += [
+            TensorSpec(f"{prefix}experts.{name}_bias", Role.EXPERT_BIAS, (experts, width))
+            for name, width in widths.items()
+        ]
     if config.router == "sigmoid_bias_groups":
         specs.append(TensorSpec(prefix + "gate.e_score_correction_bias", Role.ROUTER_BIAS, (experts,)))
     if config.n_shared_experts:

@@ -35,7 +35,7 @@ FILE_TYPES: dict[str, tuple[str, int, str]] = {
 # (it stops at an assertion, with its own files too); in bf16 they are 0.3 % of DeepSeek-V3.
 KV_B_TYPES = {"f32": "F32"}
 FALLBACK = "F16"  # where rows do not fill whole blocks
-WIDE_ROLES = (Role.NORM, Role.ROUTER, Role.ROUTER_BIAS, Role.ATTENTION_BIAS)
+WIDE_ROLES = (Role.NORM, Role.ROUTER, Role.ROUTER_BIAS, Role.ATTENTION_BIAS, Role.EXPERT_BIAS)
 OUTER_ROLES = (Role.EMBEDDING, Role.HEAD)
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MAX_TOKENIZER_FILE_BYTES = 1 << 30

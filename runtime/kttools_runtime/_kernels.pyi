@@ -99,6 +99,12 @@ class ExpertLayer:
     @property
     def node_bytes(self) -> list[int]: ...
     def make_resident(self) -> None: ...
+    def set_biases(self, gate: _F32, up: _F32, down: _F32) -> None:
+        """gate, up [E, I], down [E, H]: added to the matrices' outputs."""
+
+    def set_gate(self, alpha: float, limit: float, up_offset: float) -> None:
+        """g * sigmoid(alpha g) * (u + up_offset), g = min(gate, limit), u = up within +-limit."""
+
     def forward(self, x: _Float, expert_ids: _I64, expert_weights: _F32, out: _F32) -> None:
         """x [T, H], ids and weights [T, k] -> out [T, H], overwritten. The GIL is released."""
 
@@ -156,6 +162,7 @@ class Router:
         scale: float,
         weight: _F32,
         bias: _F32 | None = None,
+        logit_bias: _F32 | None = None,
     ) -> None: ...
     def forward(self, x: _F32, ids: _I64, weights: _F32) -> None:
         """x [T, H] -> ids and weights [T, k], best first. The GIL is released."""
@@ -187,9 +194,15 @@ class MoeStep:
     def forward(self, hidden: _F32) -> None:
         """hidden [T, H], updated. The GIL is released."""
 
+    def forward_routed(self, hidden: _F32, x: _F32, ids: npt.NDArray[np.int64], weights: _F32) -> None:
+        """The same with x [T, H], the normed hidden, and a choice [T, k] made by the caller."""
+
 @final
 class LatentStep:
-    """hidden += multi-head latent attention of the normed hidden, absorbed."""
+    """hidden += multi-head latent attention of the normed hidden."""
+
+    takes_many: bool
+    """Whether more than MAX_STEP_ROWS tokens may come at once."""
 
     def __init__(
         self,

@@ -6,9 +6,11 @@ that a ModelConfig that exists is consistent.
 
 Kinds. attention "mla": multi-head latent attention. "gqa": grouped-query attention; the first
 qk_rope_head_dim dimensions of a head are rotated, the other qk_nope_head_dim are not, v_head_dim is their
-sum, and the sizes of the latent (q_lora_rank, kv_lora_rank) are null and 0. router "sigmoid_bias_groups":
-DeepSeek-V3's; "softmax_groups": softmax over all experts, then the best (of the topk_group groups whose best
-expert is best).
+sum, and the sizes of the latent (q_lora_rank, kv_lora_rank) are null and 0; attention_sinks: a learned logit
+per head that takes part in the softmax and has no value. An expert's gate is silu(gate) * up, or with
+swiglu_limit g * sigmoid(swiglu_alpha * g) * (u + 1), g = min(gate, limit), u = up within +-limit. router
+"sigmoid_bias_groups": DeepSeek-V3's; "softmax_groups": softmax over all experts, then the best (of the
+topk_group groups whose best expert is best).
 """
 
 from dataclasses import dataclass
@@ -76,6 +78,11 @@ class ModelConfig:
     sliding_window_layers: tuple[int, ...] = defaulted((), check.ascending)
     shared_expert_intermediate_size: int | None = defaulted(None, check.optional(check.DIMENSION))
     shared_expert_gate: bool = defaulted(False, check.boolean)
+    attention_sinks: bool = defaulted(False, check.boolean)
+    router_bias: bool = defaulted(False, check.boolean)
+    expert_bias: bool = defaulted(False, check.boolean)
+    swiglu_alpha: float | None = defaulted(None, check.optional(check.POSITIVE))
+    swiglu_limit: float | None = defaulted(None, check.optional(check.POSITIVE))
 
     def __post_init__(self) -> None:
         check.check_fields(self, "")
@@ -88,6 +95,7 @@ class ModelConfig:
             refuse("qk_rope_head_dim", "an even number", self.qk_rope_head_dim)
         self._check_router()
         self._check_shared_expert()
+        self._check_expert_gate()
 
     def _check_layers_and_tokens(self) -> None:
         for key, layers in (
@@ -113,6 +121,7 @@ class ModelConfig:
             ("qk_norm", False),
             ("sliding_window", None),
             ("sliding_window_layers", ()),
+            ("attention_sinks", False),
         ):
             if getattr(self, key) != neutral:
                 refuse(key, "absent with attention mla", getattr(self, key))
@@ -147,6 +156,13 @@ class ModelConfig:
             for key in ("shared_expert_intermediate_size", "shared_expert_gate"):
                 if getattr(self, key):
                     refuse(key, "absent without shared experts", getattr(self, key))
+
+    def _check_expert_gate(self) -> None:
+        if (self.swiglu_alpha is None) != (self.swiglu_limit is None):
+            refuse("swiglu_alpha", "given together with swiglu_limit", self.swiglu_alpha)
+        is_all_moe = len(self.moe_layers) == self.num_hidden_layers and self.n_shared_experts == 0
+        if self.swiglu_limit is not None and not is_all_moe:
+            refuse("swiglu_limit", "absent with dense layers or shared experts", self.swiglu_limit)
 
     @property
     def qk_head_dim(self) -> int:

@@ -49,6 +49,17 @@ class ExpertLayer:
         """Bytes of weights that each memory node multiplies (with replicate: holds)."""
         return list(self.native.node_bytes)
 
+    def set_biases(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+        """What is added to the matrices' outputs. gate, up: [E, I]; down: [E, H]; all float32."""
+        try:
+            self.native.set_biases(as_numpy(gate), as_numpy(up), as_numpy(down))
+        except ValueError as error:
+            raise InvalidInputError(f"expert biases: {error}") from None
+
+    def set_swiglu(self, alpha: float, limit: float) -> None:
+        """From now on g * sigmoid(alpha g) * (u + 1), g = min(gate, limit) and u = up within +-limit."""
+        self.native.set_gate(alpha, limit, 1.0)
+
     def make_resident(self) -> None:
         """Bring every node's weights into memory, from threads of that node."""
         self.native.make_resident()

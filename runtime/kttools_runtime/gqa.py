@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .attention import Step
 from .config import ModelConfig
 from .linear import LinearSpec, Placement
 from .norm import RMSNorm
 from .rope import pair_order, rotate_
+from .sinks import attend
 
 # Queries of one block where a mask is needed (cached context, or a window): at 32k tokens of context its mask
 # takes 32 MB in bf16. 1024 queries on 4096 tokens, 32 heads on 4 of 128 (Xeon with AMX, one thread, torch
@@ -57,6 +57,10 @@ class GroupedQueryAttention:
                 self._norm(placement, f"{prefix}.{name}.weight", order) for name in ("q_norm", "k_norm")
             )
 
+        self.sinks: Tensor | None = None  # [key heads, heads of a group]
+        if config.attention_sinks:
+            self.sinks = placement.vector(f"{prefix}.sinks", heads).view(kv_heads, -1)
+
     def _norm(self, placement: Placement, name: str, order: Tensor | None) -> RMSNorm:
         """The norm of one head; its weight follows the order of the projection's rows."""
         weight = placement.vector(name, self.config.qk_head_dim)
@@ -77,8 +81,8 @@ class GroupedQueryAttention:
         rows[:, kv_heads * dim :].copy_(value)
         # [context, 2, kv_heads, dim] -> keys and values [1, kv_heads, context, dim], views of the cache
         keys, values = cache[:end].view(end, 2, kv_heads, dim).permute(1, 2, 0, 3)[:, None]
-        attend = self._decode if step.num_tokens == 1 else self._prefill
-        return self.o_proj(attend(query.to(self.dtype), keys, values, step.start).to(torch.float32))
+        run = self._decode if step.num_tokens == 1 else self._prefill
+        return self.o_proj(run(query.to(self.dtype), keys, values, step.start).to(torch.float32))
 
     def _positioned(self, heads: Tensor, norm: RMSNorm | None, step: Step) -> Tensor:
         """heads [num_tokens, heads, head_dim] float32, normed and rotated in place."""
@@ -94,8 +98,8 @@ class GroupedQueryAttention:
         """
         first = 0 if self.window is None else max(0, position + 1 - self.window)
         rows = query.view(1, keys.shape[1], -1, query.shape[-1])
-        attended = functional.scaled_dot_product_attention(
-            rows, keys[:, :, first:], values[:, :, first:], scale=self.config.softmax_scale
+        attended = attend(
+            rows, keys[:, :, first:], values[:, :, first:], scale=self.config.softmax_scale, sinks=self.sinks
         )
         return attended.reshape(1, -1)
 
@@ -115,13 +119,14 @@ class GroupedQueryAttention:
             seen = slice(first, start + end)
             mask = None if is_whole else self._mask(start + begin, start + end, first)
             for groups in self._group_blocks(start + end - first):
-                attended = functional.scaled_dot_product_attention(
+                attended = attend(
                     grouped[groups, :, begin:end],
                     keys[groups, :, seen],
                     values[groups, :, seen],
-                    attn_mask=mask,
+                    mask=mask,
                     is_causal=is_whole,
                     scale=self.config.softmax_scale,
+                    sinks=None if self.sinks is None else self.sinks[groups, :, None],
                 )
                 out[begin:end, groups] = attended.permute(2, 0, 1, 3)
         return out.view(num_tokens, -1)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
+from .config import ModelConfig
+from .env import bound_kernel_caches
 from .errors import HardwareError, UsageError
 from .expert_table import locate_table
-from .experts import ExpertEngine
+from .experts import ExpertEngine, ExpertLayer
 from .footprint import stored_tensors
 from .linear import Placement
 from .load_plan import LoadPlan, LoadRequest, make_load_plan
@@ -15,6 +17,7 @@ from .manifest import Manifest, load_manifest
 from .model import DEFAULT_CACHE_LEN, Model, build_model
 from .moe import RoutedExperts
 from .shards import ShardWeights
+from .weights import WeightSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: torch.bfloat16}
 
@@ -47,6 +50,7 @@ def load(
     told the sizes first. Raises UsageError, HardwareError, ResourceError, InvalidInputError and its
     subclasses.
     """
+    bound_kernel_caches()
     where = _device(device)
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be float32 or bfloat16, got {dtype!r}")
@@ -56,7 +60,7 @@ def load(
         raise UsageError("an expert table and a number of experts are both given: use one of them")
     if stream_layers and expert_table != "none":
         raise UsageError('layers that are streamed run the native router: expert_table must be "none"')
-    manifest = load_manifest(path)
+    manifest = load_manifest(path, allow_partial=stream_layers)
     asked = "none" if num_experts is not None else expert_table
     table = locate_table(asked, manifest.path, list(manifest.files))
     engine = ExpertEngine(threads, isa, numa)
@@ -116,8 +120,9 @@ def _load(
     def experts(layer: int) -> RoutedExperts:
         # int8 and int4 kernels quantise their input themselves: rounding it to bf16 first would only lose
         # bits. bf16 experts among them need it for the matrix unit.
-        is_bf16 = "bf16" in manifest.experts[layer].names
+        is_bf16 = "bf16" in manifest.expert_file(layer).names
         mapped = engine.layer_from_pack(manifest.expert_path(layer))
+        configure_experts(mapped, manifest.model, shards, layer)
         return RoutedExperts(mapped, dtype if is_bf16 else torch.float32)
 
     return build_model(
@@ -130,6 +135,18 @@ def _load(
         tokenizer_dir=manifest.root / "tokenizer",
         stream_layers=stream_layers,
     )
+
+
+def configure_experts(experts: ExpertLayer, config: ModelConfig, source: WeightSource, layer: int) -> None:
+    """The biases and the gate of a layer's experts, which a pack does not hold."""
+    if config.expert_bias:
+        count, inner = config.n_routed_experts, config.moe_intermediate_size
+        widths = {"gate_proj": inner, "up_proj": inner, "down_proj": config.hidden_size}
+        prefix = f"model.layers.{layer}.mlp.experts."
+        biases = (source.tensor(f"{prefix}{name}_bias", (count, width)) for name, width in widths.items())
+        experts.set_biases(*(bias.to(torch.float32) for bias in biases))
+    if config.swiglu_alpha is not None and config.swiglu_limit is not None:
+        experts.set_swiglu(config.swiglu_alpha, config.swiglu_limit)
 
 
 def _device(name: str) -> torch.device:

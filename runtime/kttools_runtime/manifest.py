@@ -30,7 +30,8 @@ LINEAR_FORMATS = ("bf16", "int8", "int4")
 MIXED = "mixed"
 # Features a bundle may require of its reader: a reader that does not know one refuses the bundle.
 PARTIAL = "partial"  # packs of some MoE layers are left out
-FEATURES = frozenset({PARTIAL})
+SHARE = "share"  # packs hold some of the routed experts
+FEATURES = frozenset({PARTIAL, SHARE})
 
 # What every manifest has, and what one may have; any other key is optional, carried along and not read.
 KEYS = frozenset(
@@ -47,7 +48,7 @@ KEYS = frozenset(
         "manifest_sha256",
     }
 )
-OPTIONAL_KEYS = frozenset({"requires", "fingerprint", "license", "model_card", "expert_tables"})
+OPTIONAL_KEYS = frozenset({"requires", "fingerprint", "license", "model_card", "expert_tables", "subset"})
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -107,12 +108,28 @@ class License:
 
 
 @dataclass(frozen=True, slots=True)
+class Subset:
+    """What a part of a bundle was cut from. of: the whole one's manifest_sha256.
+
+    experts: ids of the routed experts in every pack, ascending, expert i of a pack being the i-th of them;
+    None for all.
+    """
+
+    of: str
+    experts: tuple[int, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As bundle.json has it."""
+        return {"of": self.of, "experts": None if self.experts is None else list(self.experts)}
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """A checked bundle.json; experts by model layer index, linears by tensor base name, files by path.
 
     fingerprint: of the model, as expert tables carry it (None in a bundle from before it was recorded).
-    expert_tables: name of each table by its path. requires: features of FEATURES. other: keys this program
-    does not know, to be written back as they are.
+    expert_tables: name of each table by its path. requires: features of FEATURES. subset: of a part cut
+    from another bundle. other: keys this program does not know, to be written back as they are.
     """
 
     root: Path
@@ -129,6 +146,7 @@ class Manifest:
     license: License = field(default_factory=License)
     model_card: str | None = None
     expert_tables: dict[str, str] = field(default_factory=dict)
+    subset: Subset | None = None
     other: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -136,26 +154,45 @@ class Manifest:
         """Packs of some MoE layers are left out: a part of a bundle, to be moved but not computed with."""
         return PARTIAL in self.requires
 
+    @property
+    def pack_experts(self) -> int:
+        """Routed experts in each pack: the model's, or a share of them."""
+        chosen = self.subset.experts if self.subset else None
+        return self.model.n_routed_experts if chosen is None else len(chosen)
+
     def path(self, relative: str) -> Path:
         """Where a listed file lies. Raises InvalidInputError for a file the manifest does not list."""
         if relative not in self.files:
             raise InvalidInputError(f"{self.root / MANIFEST_NAME}: does not list {relative!r}")
         return self.root / relative
 
+    def expert_file(self, layer: int) -> ExpertFile:
+        """The pack of a MoE layer. Raises InvalidInputError for a layer that a partial bundle lacks."""
+        if layer not in self.experts:
+            raise InvalidInputError(f"{self.root}: a part of a bundle, without the experts of layer {layer}")
+        return self.experts[layer]
+
     def expert_path(self, layer: int) -> Path:
-        return self.path(self.experts[layer].file)
+        return self.path(self.expert_file(layer).file)
 
 
-def load_manifest(bundle_dir: str | Path) -> Manifest:
+def load_manifest(bundle_dir: str | Path, allow_partial: bool = False) -> Manifest:
     """Reads bundle.json and checks that every listed file is there with its size.
 
-    Raises CorruptFileError, or InvalidInputError for a partial bundle, which cannot be computed with.
+    allow_partial: layers may be missing, for whoever takes one layer at a time. Raises CorruptFileError, or
+    InvalidInputError for a part of a bundle that cannot be computed with.
     """
     manifest = read_manifest(bundle_dir)
-    if manifest.is_partial:
+    origin = f" of {manifest.subset.of[:16]}" if manifest.subset else ""
+    if SHARE in manifest.requires:
+        count = f"{manifest.pack_experts} of {manifest.model.n_routed_experts}"
+        raise InvalidInputError(
+            f"{manifest.root}: a part of a bundle{origin}, with {count} experts a layer; get the whole one"
+        )
+    if manifest.is_partial and not allow_partial:
         missing = sorted(set(manifest.model.moe_layers) - set(manifest.experts))
         raise InvalidInputError(
-            f"{manifest.root}: a part of a bundle, without the experts of {len(missing)} layers"
+            f"{manifest.root}: a part of a bundle{origin}, without the experts of {len(missing)} layers"
             f" (the first is {missing[0]}); get the whole one"
         )
     for entry in manifest.files.values():

@@ -20,12 +20,14 @@ from .manifest import (
     MIXED,
     OPTIONAL_KEYS,
     PARTIAL,
+    SHARE,
     SIGNATURE_NAME,
     VERSION,
     ExpertFile,
     FileEntry,
     License,
     Manifest,
+    Subset,
     is_plain_path,
     self_sha256,
 )
@@ -58,13 +60,15 @@ class ManifestReader:
         except InvalidInputError as error:
             raise CorruptFileError(f"{self.where}: {error}") from None
         files = self._files()
+        subset = self._subset(model.n_routed_experts)
+        num_experts = len(subset.experts) if subset and subset.experts else model.n_routed_experts
         return Manifest(
             root=root,
             tool=self._tool(),
             model=model,
             source=self._source(),
             recipe=self._object("recipe"),
-            experts=self._experts(model, files),
+            experts=self._experts(model, files, num_experts),
             linears=self._linears(),
             files=files,
             manifest_sha256=self.document["manifest_sha256"],
@@ -73,6 +77,7 @@ class ManifestReader:
             license=self._license(files),
             model_card=self._model_card(files),
             expert_tables=self._expert_tables(files),
+            subset=subset,
             other={key: self.document[key] for key in self.document.keys() - KEYS - OPTIONAL_KEYS},
         )
 
@@ -172,7 +177,9 @@ class ManifestReader:
                         f"files: folders {folder!r} and {folders[folder.lower()]!r} differ only in case"
                     )
 
-    def _experts(self, model: ModelConfig, files: dict[str, FileEntry]) -> dict[int, ExpertFile]:
+    def _experts(
+        self, model: ModelConfig, files: dict[str, FileEntry], num_experts: int
+    ) -> dict[int, ExpertFile]:
         listed = self._object("experts")
         layers = set(map(str, model.moe_layers))
         is_partial = PARTIAL in self.requires
@@ -187,7 +194,7 @@ class ManifestReader:
                 self._corrupt(f"experts.{layer} must give file and format")
             self._check_listed(entry["file"], files, f"experts.{layer}")
             self._check_word(entry["format"], f"experts.{layer}.format")
-            formats = self._expert_formats(entry, f"experts.{layer}", model.n_routed_experts)
+            formats = self._expert_formats(entry, f"experts.{layer}", num_experts)
             experts[int(layer)] = ExpertFile(entry["file"], entry["format"], formats)
         self._check_distinct(experts)
         return experts
@@ -256,6 +263,26 @@ class ManifestReader:
         for path in value:
             self._check_listed(path, files, "expert_tables")
         return value
+
+    def _subset(self, num_experts: int) -> Subset | None:
+        """What this was cut from; its experts are given exactly where they are a share of the model's."""
+        value = self.document.get("subset")
+        if value is None:
+            if SHARE in self.requires:
+                self._corrupt(f"subset: a bundle that requires {SHARE} must say which experts it has")
+            return None
+        if not isinstance(value, dict) or set(value) != {"of", "experts"}:
+            self._corrupt("subset must give of and experts")
+        self._check_hex(value["of"], 64, "subset.of")
+        experts = value["experts"]
+        if (experts is not None) != (SHARE in self.requires):
+            self._corrupt(f"subset.experts: expected a list where the bundle requires {SHARE}, else null")
+        if experts is None:
+            return Subset(value["of"])
+        are_ids = isinstance(experts, list) and all(_is_size(e) and e < num_experts for e in experts)
+        if not are_ids or not 0 < len(experts) < num_experts or sorted(set(experts)) != experts:
+            self._corrupt(f"subset.experts: expected some of {num_experts} expert ids, ascending")
+        return Subset(value["of"], tuple(experts))
 
     def _check_listed(self, path: Any, files: dict[str, FileEntry], what: str) -> None:
         if not isinstance(path, str) or path not in files:

@@ -66,7 +66,10 @@ class MoELayer:
         bias = None
         if config.router == "sigmoid_bias_groups":
             bias = placement.vector(f"{prefix}.gate.e_score_correction_bias", config.n_routed_experts)
-        self.router = make_router(config, weight, bias, num_experts)
+        logit_bias = None
+        if config.router_bias:
+            logit_bias = placement.vector(f"{prefix}.gate.bias", config.n_routed_experts)
+        self.router = make_router(config, weight, bias, num_experts, logit_bias)
         self.experts = experts
         self.shared: SharedExpert | None = None
         if config.n_shared_experts:

@@ -29,7 +29,7 @@ class Router:
     With fewer experts than num_experts_per_tok, the first of the native choice are kept.
     """
 
-    __slots__ = ("bias", "config", "num_experts", "table", "weight")
+    __slots__ = ("bias", "config", "logit_bias", "num_experts", "table", "weight")
 
     def __init__(
         self, config: ModelConfig, weight: Tensor, bias: Tensor | None = None, num_experts: int | None = None
@@ -37,6 +37,7 @@ class Router:
         self.config = config
         self.weight = weight
         self.bias = bias
+        self.logit_bias: Tensor | None = None
         self.num_experts = config.num_experts_per_tok if num_experts is None else num_experts
         self.table: LayerTable | None = None
 
@@ -45,7 +46,7 @@ class Router:
         from . import _kernels
 
         config = self.config
-        bias = None if self.bias is None else self.bias.numpy()
+        bias, logit_bias = (None if each is None else each.numpy() for each in (self.bias, self.logit_bias))
         return _kernels.Router(
             engine,
             config.router,
@@ -56,11 +57,18 @@ class Router:
             config.routed_scaling_factor,
             self.weight.contiguous().numpy(),
             bias,
+            logit_bias,
         )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything the choice depends on."""
+        parts = (self.weight, self.bias, self.logit_bias)
+        return tuple(part for part in parts if part is not None)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, hidden_size] float32 -> ids int64 and weights float32, both [T, num_experts]."""
-        scores = self._scores(functional.linear(x, self.weight))
+        scores = self._scores(functional.linear(x, self.weight, self.logit_bias))
         best = self._limit_groups(self._choice(scores)).topk(self.num_experts, dim=-1)
         expert_ids = best.indices
         weights = scores.gather(1, expert_ids)
@@ -137,9 +145,20 @@ class SoftmaxGroupRouter(Router):
 
 
 def make_router(
-    config: ModelConfig, weight: Tensor, bias: Tensor | None, num_experts: int | None = None
+    config: ModelConfig,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_experts: int | None = None,
+    logit_bias: Tensor | None = None,
 ) -> Router:
-    """The router of the config's kind; bias: [n_routed_experts] for "sigmoid_bias_groups", else None."""
+    """The router of the config's kind; bias: [n_routed_experts] for "sigmoid_bias_groups", else None.
+
+    logit_bias: [n_routed_experts], added to the logits, where the config has router_bias.
+    """
+    router: Router
     if bias is not None:
-        return SigmoidGroupRouter(config, weight, bias, num_experts)
-    return SoftmaxGroupRouter(config, weight, None, num_experts)
+        router = SigmoidGroupRouter(config, weight, bias, num_experts)
+    else:
+        router = SoftmaxGroupRouter(config, weight, None, num_experts)
+    router.logit_bias = logit_bias
+    return router

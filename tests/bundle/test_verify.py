@@ -69,7 +69,7 @@ def test_flips_in_every_region(bundle: Path) -> None:
         flip(bundle / name, position)
         result = verify_bundle(bundle)
         assert any(
-            problem.startswith(f"{name}: content changed: expected sha256") for problem in result.problems
+            problem.startswith(f"{name}: content changed: expected xxh3_128") for problem in result.problems
         )
         with pytest.raises(CorruptFileError, match=name):
             result.raise_on_problems()

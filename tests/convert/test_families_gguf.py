@@ -24,6 +24,8 @@ SAYABLE = [
     ("glm4_moe", "air"),
     ("glm4_moe", "qk_norm"),
     ("glm4_moe", "groups"),
+    ("gpt_oss", "base"),
+    ("gpt_oss", "default_rope"),
 ]
 
 
@@ -48,6 +50,8 @@ def test_there_and_back(tmp_path: Path, family: str, case: str) -> None:
         ("qwen3_moe", "dense_layers"),
         ("qwen2_moe", "llama3"),
         ("mixtral", "window"),
+        ("gpt_oss", "all_windows"),
+        ("gpt_oss", "gate"),
     ],
 )
 def test_what_gguf_cannot_say_is_refused(tmp_path: Path, family: str, case: str) -> None:

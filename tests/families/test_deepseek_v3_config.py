@@ -243,7 +243,7 @@ def test_notices() -> None:
     assert notices(sliding_window=None, partial_rotary_factor=1.0, head_dim=4) == []
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GptOssForCausalLM", "DeepseekV32ForCausalLM"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "OlmoeForCausalLM", "DeepseekV32ForCausalLM"])
 def test_unknown_architecture_lists_the_known(architecture: str) -> None:
     expected = f"architecture {architecture} is not supported; supported: DeepseekV3ForCausalLM"
     with pytest.raises(UnsupportedModelError, match=expected):

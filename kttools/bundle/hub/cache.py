@@ -23,8 +23,8 @@ COMMIT = re.compile("[0-9a-f]{40,64}")
 MAX_INDEX_BYTES = 100_000_000
 
 
-def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
-    """The whole snapshot of a revision in the cache, or None; asks nobody."""
+def cached_snapshot(repo_id: str, revision: str | None = None, must_be_whole: bool = True) -> Path | None:
+    """The snapshot of a revision in the cache, or None; asks nobody. must_be_whole: see is_whole()."""
     repository = repository_dir(repo_id)
     name = revision or constants.DEFAULT_REVISION
     commit = name
@@ -32,12 +32,14 @@ def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
         with contextlib.suppress(OSError, ValueError):
             commit = (repository / "refs" / name).read_text(encoding="ascii").strip()
     snapshot = repository / "snapshots" / commit
-    return snapshot if COMMIT.fullmatch(commit) and is_whole(snapshot) else None
+    if not COMMIT.fullmatch(commit) or not snapshot.is_dir():
+        return None
+    return snapshot if not must_be_whole or is_whole(snapshot) else None
 
 
 def is_whole(snapshot: Path) -> bool:
     """Whether every file is there that the manifest or the index names; without either, any weights."""
-    if not snapshot.is_dir() or (snapshot / STATE_NAME).exists():
+    if (snapshot / STATE_NAME).exists():
         return False
     if (snapshot / MANIFEST_NAME).is_file():
         try:

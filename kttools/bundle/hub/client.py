@@ -19,7 +19,6 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from kttools_runtime.errors import CorruptFileError, DownloadError
 from kttools_runtime.version import __version__
 
-CHUNK_BYTES = 256 << 10
 MAX_LISTED_FILES = 100_000
 MAX_ERROR_BYTES = 64 << 10
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
@@ -104,9 +103,10 @@ class Hub:
             if got.status_code >= 400:
                 got._content = _bounded(got, MAX_ERROR_BYTES)
             hf_raise_for_status(got)
+            start = _start(got, offset, total_bytes, f"{self}: {path}")
             yield Body(
-                _start(got, offset, total_bytes, f"{self}: {path}"), got.iter_bytes(chunk_size=CHUNK_BYTES)
-            )
+                start, got.iter_bytes()
+            )  # as they come: what a chunker holds back is lost with the line
 
     def read(self, path: str, max_bytes: int) -> bytes:
         """A small file. Raises DownloadError; CorruptFileError when it is larger than max_bytes."""
@@ -155,7 +155,7 @@ def _start(response: Any, offset: int, total_bytes: int | None, where: str) -> i
 def _bounded(response: Any, limit: int) -> bytes:
     """The beginning of an error's body; all that is shown of it."""
     data = b""
-    for chunk in response.iter_bytes(chunk_size=CHUNK_BYTES):
+    for chunk in response.iter_bytes():
         data += chunk
         if len(data) >= limit:
             break

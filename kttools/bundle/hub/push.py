@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import disable_progress_bars
 
 from kttools.bundle.render import size
 from kttools_runtime.errors import CorruptFileError, DownloadError, InvalidInputError
@@ -74,6 +75,7 @@ class Pusher:
         for file in plan.send:
             if not matches(self.bundle / file.path, file):
                 raise CorruptFileError(f"{self.bundle / file.path}: content changed; run kttools verify")
+        disable_progress_bars()  # theirs; the caller shows ours
         api, repo_id, revision = self.hub.api, self.hub.repo_id, self.hub.revision
         with self.hub.translated(), _plain_errors(str(self.hub)):
             api.create_repo(repo_id, private=self.is_private or None, exist_ok=True)

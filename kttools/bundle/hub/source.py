@@ -19,6 +19,10 @@ class HubSource:
         """bundle.json as the repository has it."""
         return self._hub.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
 
+    def read_small(self, path: str, max_bytes: int) -> bytes:
+        """A small file of the repository, of at most max_bytes."""
+        return self._hub.read(path, max_bytes)
+
     def manifest(self) -> Manifest:
         return parse_manifest(self.manifest_bytes(), Path(self._hub.repo_id))
 

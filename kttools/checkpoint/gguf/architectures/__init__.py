@@ -3,7 +3,7 @@
 from kttools.checkpoint.gguf.metadata import Metadata
 from kttools_runtime.errors import UnsupportedModelError
 
-from . import deepseek2, glm4moe, llama, qwen2moe, qwen3moe
+from . import deepseek2, glm4moe, gptoss, llama, qwen2moe, qwen3moe
 from .base import Architecture, Transform
 
 __all__ = ["ARCHITECTURES", "Architecture", "Transform", "architecture_of"]
@@ -14,6 +14,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     qwen2moe.ARCHITECTURE,
     glm4moe.ARCHITECTURE,
     llama.ARCHITECTURE,
+    gptoss.ARCHITECTURE,
 )
 KEY = "general.architecture"
 

@@ -29,8 +29,8 @@ HEAD_NORM_NAMES = layer_names(
 )
 
 
-def finish_attention(metadata: Metadata, name: str, config: dict[str, Any]) -> int:
-    """Sets head_dim and rope_scaling; the rotated dimensions of a head."""
+def finish_attention(metadata: Metadata, name: str, config: dict[str, Any], has_window: bool = False) -> int:
+    """Sets head_dim and rope_scaling; the rotated dimensions of a head. has_window: the caller reads it."""
     heads = config["num_attention_heads"]
     if heads < 1:
         raise InvalidInputError(
@@ -46,7 +46,7 @@ def finish_attention(metadata: Metadata, name: str, config: dict[str, Any]) -> i
     scaling = _rope_scaling(metadata, name)
     if scaling is not None:
         config["rope_scaling"] = scaling
-    if metadata.integer(f"{name}.attention.sliding_window", None):
+    if not has_window and metadata.integer(f"{name}.attention.sliding_window", None):
         raise UnsupportedModelError(f"{metadata.where}: {name}.attention.sliding_window is not supported")
     return int(metadata.integer(f"{name}.rope.dimension_count", head_dim))
 
@@ -83,6 +83,7 @@ def is_plain(model: ModelConfig) -> bool:
         model.attention == "gqa"
         and model.sliding_window is None
         and not model.attention_output_bias
+        and not (model.attention_sinks or model.router_bias or model.expert_bias)
         and not model.rope_interleave
     )
 

@@ -1,0 +1,128 @@
+"""Frames that come in any order, hashed in the order of their file; and the bound on how many there are."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from kttools.bundle.hashing import FileDigest, StreamingDigest
+from kttools_runtime.errors import CorruptFileError
+from kttools_runtime.manifest import MANIFEST_NAME, FileEntry
+
+from .layout import Frame
+from .staging import StagedFile
+
+
+class Window:
+    """At most `limit` frames between enter() and leave(). The first error ends every wait."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._count = 0
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def enter(self) -> None:
+        """Waits for room. Raises the error of a frame that failed."""
+        self._wait(lambda: self._count < self._limit)
+        with self._changed:
+            self._count += 1
+
+    def leave(self) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def wait_empty(self) -> None:
+        """Waits until every frame has left. Raises the error of one that failed."""
+        self._wait(lambda: self._count == 0)
+
+    def _wait(self, is_met: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or is_met())
+            if self._error is not None:
+                raise self._error
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a whole file must hash to. entry: None for a file that the manifest does not list."""
+
+    entry: FileEntry | None
+    where: str
+
+    def check(self, digest: FileDigest) -> None:
+        """Raises CorruptFileError."""
+        entry = self.entry
+        if entry is not None and (digest.sha256, digest.xxh3_128) != (entry.sha256, entry.xxh3_128):
+            raise CorruptFileError(
+                f"{self.where}: {entry.path}: expected sha256 {entry.sha256} by {MANIFEST_NAME}, "
+                f"got {digest.sha256}"
+            )
+
+
+class FileSink:
+    """One file. After its last frame its hash is checked, and it is flushed and closed by another thread."""
+
+    def __init__(
+        self,
+        file: StagedFile,
+        frames: range,
+        verdict: Verdict,
+        flusher: ThreadPoolExecutor,
+        window: Window,
+        on_bytes: Callable[[int], object],
+    ) -> None:
+        self.file = file
+        self._next, self._stop = frames.start, frames.stop
+        self._verdict = verdict
+        self._flusher = flusher
+        self._flushed: Future[None] | None = None
+        self._window = window
+        self._on_bytes = on_bytes
+        self._digest = StreamingDigest()
+        self._ready: dict[int, tuple[Frame, bytes]] = {}
+        self._lock = threading.Lock()
+        self._is_busy = False
+
+    def deliver(self, frame: Frame, data: bytes) -> None:
+        """Takes a frame; the thread that brings the next one in order hashes all that are ready."""
+        with self._lock:
+            self._ready[frame.number] = (frame, data)
+            if self._is_busy:
+                return
+            self._is_busy = True
+        while (item := self._take_next()) is not None:
+            self._hash(*item)
+
+    def wait_flushed(self) -> None:
+        """Raises ResourceError, KTError."""
+        if self._flushed is not None:
+            self._flushed.result()
+
+    def _take_next(self) -> tuple[Frame, bytes] | None:
+        with self._lock:
+            item = self._ready.pop(self._next, None)
+            if item is None:
+                self._is_busy = False
+            else:
+                self._next += 1
+            return item
+
+    def _hash(self, frame: Frame, data: bytes) -> None:
+        if frame.is_data:
+            self._digest.update(data)
+            self._on_bytes(frame.bytes)
+        if frame.number + 1 == self._stop:
+            self._verdict.check(self._digest.finish())
+            self._flushed = self._flusher.submit(self._seal)
+        self._window.leave()
+
+    def _seal(self) -> None:
+        self.file.flush()
+        self.file.close()

@@ -1,0 +1,86 @@
+"""What the headers of a bundle's packs and shards say, held against its manifest and its model."""
+
+from collections.abc import Iterator, Set
+
+from kttools.checkpoint import Checkpoint
+from kttools.families import TensorSpec, canonical_tensors
+from kttools_runtime.errors import InvalidInputError
+from kttools_runtime.manifest import Manifest
+from kttools_runtime.pack import read_pack_header
+from kttools_runtime.weights import PARTS
+
+
+def header_problems(manifest: Manifest, present: Set[str]) -> list[str]:
+    """One line per problem; files that are not `present` are left out, their loss is known."""
+    return [*_pack_problems(manifest, present), *_shard_problems(manifest, present)]
+
+
+def _pack_problems(manifest: Manifest, present: Set[str]) -> Iterator[str]:
+    """What a pack's header says against the manifest; only packs whose files are otherwise sound."""
+    model = manifest.model
+    for layer, expert in manifest.experts.items():
+        if expert.file not in present:
+            continue
+        try:
+            header = read_pack_header(manifest.root / expert.file)
+        except InvalidInputError as error:
+            yield f"{expert.file}: {error}"
+            continue
+        expected = {
+            "layer": layer,
+            "num_experts": manifest.pack_experts,
+            "hidden_size": model.hidden_size,
+            "moe_intermediate_size": model.moe_intermediate_size,
+        }
+        for key, value in expected.items():
+            if getattr(header, key) != value:
+                yield f"{expert.file}: {key}: expected {value} by bundle.json, got {getattr(header, key)}"
+        if header.formats != (expert.formats or (expert.format,) * header.num_experts):
+            got = ", ".join(sorted(set(header.formats)))
+            yield f"{expert.file}: format: expected {', '.join(expert.names)} by bundle.json, got {got}"
+
+
+def _shard_problems(manifest: Manifest, present: Set[str]) -> Iterator[str]:
+    """Shard headers, their index, and that every listed linear is there in its format."""
+    shards = [path for path in manifest.files if path.startswith("shards/")]
+    if not all(path in present for path in shards):
+        return
+    if not shards:
+        yield "shards/: no shards are listed"
+        return
+    try:
+        checkpoint = Checkpoint.open(manifest.root / "shards")
+    except InvalidInputError as error:
+        yield f"shards/: {error}"
+        return
+    listed = {manifest.root / path for path in shards}
+    for file in checkpoint.files:
+        if file not in listed:
+            yield f"shards/{file.name}: used by the index but not listed in bundle.json"
+    yield from _tensor_problems(manifest, checkpoint)
+
+
+def _tensor_problems(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
+    """Every tensor of the model is in the shards, whole or as the parts of its format."""
+    specs = {spec.name: spec for spec in canonical_tensors(manifest.model)}
+    for base in manifest.linears:
+        spec = specs.get(f"{base}.weight")
+        if spec is None or not spec.role.is_linear:
+            yield f"linears: {base} is no linear of this model"
+    for spec in specs.values():
+        base = spec.name.removesuffix(".weight")
+        format_name = manifest.linears.get(base)
+        if format_name in (None, "bf16"):
+            yield from _whole_tensor_problems(spec, checkpoint)
+            continue
+        for part in PARTS[format_name]:
+            if f"{base}.{part}" not in checkpoint:
+                yield f"shards/: {format_name} linear {base} has no tensor {base}.{part}"
+
+
+def _whole_tensor_problems(spec: TensorSpec, checkpoint: Checkpoint) -> Iterator[str]:
+    if spec.name not in checkpoint:
+        yield f"shards/: tensor {spec.name} is missing"
+    elif checkpoint.info(spec.name).shape != spec.shape:
+        got = list(checkpoint.info(spec.name).shape)
+        yield f"shards/: tensor {spec.name}: expected shape {list(spec.shape)}, got {got}"
