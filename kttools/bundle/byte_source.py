@@ -128,6 +128,8 @@ class HttpSource:
         data = bytearray()
         while len(data) < size and (piece := self._answer.read(size - len(data))):
             data += piece
+        if not data and self._answer.length:  # what was promised and did not come
+            raise http.client.IncompleteRead(b"", self._answer.length)
         self._place = (path, offset + len(data))
         return bytes(data)
 

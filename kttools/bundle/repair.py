@@ -174,7 +174,11 @@ def _replace(root: Path, entry: FileEntry, supplier: Supplier, on_bytes: OnBytes
         path.parent.mkdir(parents=True, exist_ok=True)
         if part.is_symlink() or (part.exists() and not part.is_file()):
             raise CorruptFileError(f"{part}: not a regular file; remove it first")
-        supplier.fetch(entry, part, on_bytes)
+        try:
+            supplier.fetch(entry, part, on_bytes)
+        finally:
+            if part.exists() and not part.stat().st_size and entry.bytes:
+                part.unlink()  # nothing to go on from
         os.replace(part, path)
         descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kttools_runtime import _kernels
 from kttools_runtime.errors import CorruptFileError, InvalidInputError, UnsupportedModelError
 from kttools_runtime.safetensors_file import TensorInfo
 
@@ -180,26 +181,11 @@ def decode_blocks(
         at[0] += first_row // block.rows
         raise CorruptFileError(f"{where}{SCALE_SUFFIX}: the scale at {at} is not a finite number")
     out = torch.empty(codes.shape, dtype=torch.bfloat16)
-    begin, stripe = 0, 0
-    end = block.rows - first_row % block.rows
-    while begin < codes.shape[0]:
-        part = codes[begin:end]
-        _refuse_nan_codes(part, where, first_row + begin)
-        columns = scales[stripe].repeat_interleave(block.columns)[: codes.shape[1]]
-        out[begin:end] = _scaled(part, columns)
-        begin, end, stripe = end, end + block.rows, stripe + 1
+    sizes = (block.rows, block.columns, first_row % block.rows)
+    arrays = (codes.contiguous().numpy(), scales.contiguous().numpy())
+    if not _kernels.decode_fp8(*arrays, *sizes, out.view(torch.uint16).numpy()):
+        _refuse_nan_codes(codes, where, first_row)
     return out
-
-
-def _scaled(codes: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """float32 of e4m3 codes times a factor per column, about three times as fast as torch's own cast.
-
-    Shifted left by 7 a code has its exponent and mantissa where float16 has them, subnormals included; the
-    two biases (7 and 15) differ by a factor of 256. The shift also copies the sign to bit 14, which e4m3
-    never reaches and which is cleared.
-    """
-    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    return bits.view(torch.float16).to(torch.float32).mul_(columns * 256.0)
 
 
 def _refuse_nan_codes(codes: torch.Tensor, where: str, first_row: int) -> None:

@@ -2,21 +2,22 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import click
 
 from kttools import options
 from kttools.commands.quantize import CPU_FORMATS
-from kttools.model_source import resolve_model
-from kttools_runtime.errors import ResourceError
+from kttools_runtime.errors import HardwareError, ResourceError, UsageError
 
 EPILOG = """\b
 Examples:
   kttools plan ./DeepSeek-V3
   kttools plan ./DeepSeek-V3 --dram 512G --cpu-format int4 --bandwidth 250 --tops 50
+  kttools plan deepseek-ai/DeepSeek-V3 --dram 768G --nodes 2 --vram 24G --gpu-experts auto
 """
+DEFAULT_VRAM_BYTES = 24 << 30
+MOST_GPUS = 16
 UNITS = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 DEFAULT_DISK_GB_S = 2.0
 
@@ -58,112 +59,217 @@ POSITIVE = click.FloatRange(min=0, min_open=True, max=1e9)
     "--gpu-format", type=click.Choice(("int4", "int8", "bf16")), help="Format of the rest [default: int4]."
 )
 @options.numa_option
-@click.option("--bandwidth", type=POSITIVE, metavar="GB/s", help="Memory bandwidth [default: measured].")
+@click.option("--nodes", type=click.IntRange(1, 16), metavar="N", help="Memory nodes [default: as here].")
+@click.option("--vram", type=MemorySize(), metavar="SIZE", help="VRAM of each GPU that is described.")
+@click.option(
+    "--gpus", type=click.IntRange(0, MOST_GPUS), metavar="N", help="GPUs that are described, of --vram each."
+)
+@click.option(
+    "--device", metavar="DEVICE", help="cpu, or GPUs of this machine (cuda:0,cuda:1) with what is free there."
+)
+@click.option(
+    "--gpu-experts", metavar="auto|N", help="Routed experts of every layer on the GPUs: as many as fit, or N."
+)
+@click.option(
+    "--bandwidth",
+    "--dram-bandwidth",
+    "bandwidth",
+    type=POSITIVE,
+    metavar="GB/s",
+    help="Memory bandwidth [default: measured].",
+)
 @click.option(
     "--tops", type=POSITIVE, metavar="N", help="10^12 operations per second of the CPU [default: measured]."
 )
 @click.option(
+    "--vram-bandwidth", type=POSITIVE, metavar="GB/s", help="Of one GPU [default: 1008, an RTX 4090]."
+)
+@click.option(
+    "--gpu-tops", type=POSITIVE, metavar="N", help="10^12 operations per second of a GPU [default: 165]."
+)
+@click.option(
     "--disk", type=POSITIVE, default=DEFAULT_DISK_GB_S, show_default=True, metavar="GB/s", help="Disk speed."
 )
+@click.option("--measure", is_flag=True, help="Measure again what an earlier plan or bench remembered.")
 @options.json_option
 @click.pass_context
 def command(ctx: click.Context, **given: Any) -> None:
-    """Show disk, RAM, load time and upper bounds of speed for MODEL on this machine or one described.
+    """Show disk, RAM, VRAM, load time and upper bounds of speed for MODEL on this machine or one described.
 
-    MODEL is a bundle, a checkpoint directory (a config.json alone is enough), a GGUF file, or a hub id in the
-    local cache. Only headers and config.json are read. Exit 4, with the nearest plan that fits, when RAM is
-    too small.
+    MODEL is a bundle, a checkpoint directory (a config.json alone is enough), a GGUF file, or a hub id, whose
+    config.json alone is fetched. Only headers and config.json are read. Exit 4, with the nearest plan that
+    fits, when RAM or VRAM is too small.
     """
     model = options.pick_model(given.pop("model_argument"), given.pop("model_option"), ctx)
-    _run(model, **given)
+    _run(model, given)
 
 
-def _run(
-    model: str,
-    dram: int | None,
-    cache_lens: int | None,
-    cpu_infer: int | None,
-    cpu_format: str | None,
-    gpu_format: str | None,
-    numa: str,
-    bandwidth: float | None,
-    tops: float | None,
-    disk: float,
-    as_json: bool,
-) -> None:
-    from kttools.plan.choice import Choice, open_subject, ram
-    from kttools.plan.memory import default_cache_len
-    from kttools.plan.report import Report, render, to_dict
-    from kttools.plan.speed import speed
-    from kttools.quantize.recipe import DEFAULT_CPU_FORMAT, DEFAULT_GPU_FORMAT
-    from kttools_runtime.env import default_threads
+def _run(model: str, given: dict[str, Any]) -> None:
+    from kttools.plan.hub_config import model_path
+    from kttools.plan.memory import libraries_bytes
+    from kttools.plan.report import render, to_dict
 
-    path = resolve_model(model, may_fetch=False)
-    subject = open_subject(path)
+    libraries_bytes()  # before a measurement takes memory of its own
+    report, subject = _report(model, model_path(model), given)
     for line in subject.notices:
         options.notice(line)
-    if not subject.is_bundle:
-        cpu_format, gpu_format = cpu_format or DEFAULT_CPU_FORMAT, gpu_format or DEFAULT_GPU_FORMAT
-    threads = default_threads() if cpu_infer is None else cpu_infer
-    choice = Choice(cpu_format, gpu_format, cache_lens or 1, numa, threads)
-    layout = subject.layout(choice)
-    choice = Choice(cpu_format, gpu_format, cache_lens or default_cache_len(layout.config), numa, threads)
-    ceilings = _ceilings(bandwidth, tops, choice, layout.compute_format)
-    report = Report(
-        model=model,
-        path=path,
-        is_bundle=subject.is_bundle,
-        choice=choice,
-        layout=layout,
-        ram=ram(subject, choice),
-        speed=speed(layout, choice.cache_len, ceilings),
-        ram_limit_bytes=_available() if dram is None else dram,
-        is_limit_given=dram is not None,
-        disk_bytes_s=disk * 1e9,
-    )
-    click.echo(json.dumps(to_dict(report), indent=1) if as_json else render(report))
+    click.echo(json.dumps(to_dict(report), indent=1) if given["as_json"] else render(report))
     if not report.fits:
         raise ResourceError(_too_small(subject, report))
 
 
-def _available() -> int:
-    """RAM the kernel can give without swapping, at most a container's limit."""
-    import psutil
+def _report(model: str, path: Any, given: dict[str, Any]) -> Any:
+    """(what the plan says, its subject)."""
+    from dataclasses import replace
 
-    from kttools.doctor import cgroup_memory
+    from kttools.model_source import HUB_ID
+    from kttools.plan.choice import Choice, needs_of, open_subject
+    from kttools.plan.memory import default_cache_len
+    from kttools.plan.report import Report
+    from kttools.plan.speed import speed
+    from kttools.quantize.recipe import DEFAULT_CPU_FORMAT, DEFAULT_GPU_FORMAT
+    from kttools_runtime.env import default_threads
 
-    available = int(psutil.virtual_memory().available)
-    limit = cgroup_memory(Path("/"))
-    return available if limit is None else min(available, limit)
+    subject = open_subject(path)
+    cpu_format, gpu_format = given["cpu_format"], given["gpu_format"]
+    if not subject.is_bundle:
+        cpu_format, gpu_format = cpu_format or DEFAULT_CPU_FORMAT, gpu_format or DEFAULT_GPU_FORMAT
+    threads = given["cpu_infer"] or default_threads()
+    choice = Choice(cpu_format, gpu_format, 1, given["numa"], threads, given["gpu_experts"])
+    layout = subject.layout(choice)
+    choice = replace(choice, cache_len=given["cache_lens"] or default_cache_len(layout.config))
+    machine, names, vram_source = _machine(given)
+    _check_gpu_experts(given["gpu_experts"], bool(names), layout.config.n_routed_experts)
+    need = needs_of(subject, choice, machine)
+    cpu = _cpu_ceilings(given, choice, layout.compute_format)
+    gpu = _gpu_ceilings(given) if names else None
+    on_gpu = gpu.ceilings if gpu else None
+    hot = speed(layout, choice.cache_len, cpu.ceilings, on_gpu, need.most_hot) if need.most_hot else None
+    is_hub_id = bool(HUB_ID.fullmatch(model)) and path.name != model.rpartition("/")[2]
+    return (
+        Report(
+            model=model,
+            name=model.rpartition("/")[2] if is_hub_id else path.name.removesuffix(".gguf"),
+            path=path,
+            is_bundle=subject.is_bundle,
+            choice=choice,
+            layout=layout,
+            machine=machine,
+            device_names=names,
+            needs=need,
+            speed=speed(layout, choice.cache_len, cpu.ceilings, on_gpu, need.hot),
+            hot_speed=hot,
+            cpu=cpu,
+            gpu=gpu,
+            ram_source="available" if given["dram"] is None else "given",
+            vram_source=vram_source,
+            disk_bytes_s=given["disk"] * 1e9,
+        ),
+        subject,
+    )
 
 
-def _ceilings(bandwidth: float | None, tops: float | None, choice: Any, compute_format: str) -> Any:
-    """As given; what is not given is measured."""
+def _machine(given: dict[str, Any]) -> tuple[Any, tuple[str, ...], str]:
+    """What there is: (machine, names of its GPUs, where their VRAM is from)."""
+    from kttools.plan.memory import Machine
+    from kttools_runtime.memory import available_bytes
+
+    device, is_described = given["device"], given["vram"] is not None or bool(given["gpus"])
+    if device not in (None, "cpu"):
+        if is_described:
+            raise UsageError("--device is of this machine; --vram and --gpus describe another: leave one out")
+        vram, names, source = *_gpus_here(device), "free"
+    else:
+        count = 0 if device == "cpu" else given["gpus"] if given["gpus"] is not None else int(is_described)
+        vram = (given["vram"] or DEFAULT_VRAM_BYTES,) * count
+        names, source = tuple(f"cuda:{index}" for index in range(count)), "given"
+        source = source if given["vram"] else "assumed"
+    ram = available_bytes() if given["dram"] is None else given["dram"]
+    return Machine(ram, vram, given["nodes"] or 0), names, source
+
+
+def _gpus_here(device: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """VRAM that is free, and names. Raises UsageError, HardwareError."""
+    import torch
+
+    names = tuple(part.strip() if ":" in part else f"{part.strip()}:0" for part in device.split(","))
+    if any(not re.fullmatch(r"cuda:\d{1,3}", name) for name in names) or len(set(names)) != len(names):
+        raise UsageError(f"unknown device {device!r}: expected cpu, cuda:0, or cuda:0,cuda:1")
+    found = torch.cuda.device_count()
+    if any(int(name[5:]) >= found for name in names):
+        raise HardwareError(f"device {device}: torch sees {found} CUDA devices; describe one: --vram 24G")
+    return tuple(int(torch.cuda.mem_get_info(int(name[5:]))[0]) for name in names), names
+
+
+def _check_gpu_experts(asked: str | None, has_gpu: bool, num_experts: int) -> None:
+    if asked is None:
+        return
+    if not has_gpu:
+        raise UsageError("--gpu-experts needs a GPU: --vram, --gpus or --device")
+    if asked != "auto" and not (asked.isdecimal() and int(asked) <= num_experts):
+        raise UsageError(f"--gpu-experts: expected auto or 0 to {num_experts}, got {asked!r}")
+
+
+def _cpu_ceilings(given: dict[str, Any], choice: Any, compute_format: str) -> Any:
+    """As given; what is not given is remembered, or measured and remembered."""
     from kttools.bench.roofline import Ceilings
+    from kttools.plan.ceilings import Sourced, machine_key, merged, recall, remember
     from kttools.plan.speed import measure
 
+    bandwidth, tops = given["bandwidth"], given["tops"]
     if bandwidth is not None and tops is not None:
-        return Ceilings(0.0, bandwidth * 1e9, tops * 1e12)
-    found = measure(choice.threads, choice.numa, compute_format)
-    return Ceilings(
-        found.at,
-        found.bandwidth_bytes_s if bandwidth is None else bandwidth * 1e9,
-        found.compute_ops_s if tops is None else tops * 1e12,
-    )
+        return merged(bandwidth, tops, Sourced(Ceilings(0.0, 0.0, 0.0), "", ""))
+    key = machine_key(choice.threads, choice.numa, compute_format)
+    found = None if given["measure"] else recall(key)
+    if found is None:
+        fresh = measure(choice.threads, choice.numa, compute_format)
+        remember(key, fresh)
+        found = Sourced(fresh, "measured now", "measured now")
+    return merged(bandwidth, tops, found)
+
+
+def _gpu_ceilings(given: dict[str, Any]) -> Any:
+    from kttools.plan.ceilings import ASSUMED_GPU, Sourced, merged
+
+    assumed = Sourced(ASSUMED_GPU, "assumed", "assumed")
+    return merged(given["vram_bandwidth"], given["gpu_tops"], assumed)
 
 
 def _too_small(subject: Any, report: Any) -> str:
     """The error's line: needed, there, and the nearest plan that fits."""
     from kttools.bundle.render import size
-    from kttools.plan.choice import nearest_fit, ram, smallest
+    from kttools.plan.choice import nearest_fit, needs_of, smallest
 
-    what = f"not enough RAM: {size(report.ram.total)} needed, {size(report.ram_limit_bytes)} "
-    what += "given" if report.is_limit_given else "available"
-    fit = nearest_fit(subject, report.choice, report.ram_limit_bytes)
-    if fit is None:
-        return f"{what}; no plan fits, the smallest needs {size(smallest(subject, report.choice))}"
+    what = "; ".join(_shortages(report))
+    found = nearest_fit(subject, report.choice, report.machine)
+    if found is None:
+        ram, vram = smallest(subject, report.choice, report.machine)
+        least = f"{size(ram)} of RAM" + (f" and {size(vram)} of VRAM" if vram else "")
+        return f"{what}; no plan fits, the smallest needs {least}"
+    fit, machine = found
     formats = (
         "" if fit.cpu_format is None else f"--cpu-format {fit.cpu_format} --gpu-format {fit.gpu_format} "
     )
     remedy = f"{formats}--cache_lens {fit.cache_len} --numa {fit.numa}"
-    return f"{what}; nearest plan that fits: {remedy} ({size(ram(subject, fit).total)})"
+    if fit.gpu_experts is not None:
+        remedy += f" --gpu-experts {fit.gpu_experts}"
+    if len(machine.vram) != len(report.machine.vram):
+        remedy += f" --gpus {len(machine.vram)} --vram {machine.vram[0] >> 20}M"
+    need = needs_of(subject, fit, machine)
+    total = size(need.ram_total) + "".join(f", {size(device.total)} of VRAM" for device in need.devices)
+    return f"{what}; nearest plan that fits: {remedy} ({total})"
+
+
+def _shortages(report: Any) -> list[str]:
+    from kttools.bundle.render import size
+
+    found = []
+    if report.needs.ram_total > report.machine.ram_bytes:
+        limit = f"{size(report.machine.ram_bytes)} {report.ram_source}"
+        found.append(f"not enough RAM: {size(report.needs.ram_total)} needed, {limit}")
+    for name, device, limit in zip(
+        report.device_names, report.needs.devices, report.machine.vram, strict=True
+    ):
+        if device.total > limit:
+            found.append(f"not enough VRAM on {name}: {size(device.total)} needed, {size(limit)}")
+    return found

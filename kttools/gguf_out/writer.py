@@ -51,6 +51,8 @@ def write(plan: OutPlan, on_bytes: Callable[[int], object] | None = None) -> Non
                 _write_experts(plan, layer, outputs, sink)
             for file in plan.files:
                 sink.finish(file.path, file.bytes)
+            if len(plan.files) > 1:  # splits are named last to first: without the first they are no model
+                plan.files[0].path.unlink(missing_ok=True)
         except OSError as error:
             raise translate_oserror(error, plan.files[0].path) from error
 

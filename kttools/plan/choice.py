@@ -1,4 +1,4 @@
-"""A choice of formats and cache for a model, its sizes, and the nearest choice that fits into less RAM."""
+"""A choice of formats, cache and devices for a model, what it takes, and the nearest choice that fits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,22 +12,27 @@ from kttools.model_source import is_bundle
 from kttools.quantize.recipe import DEFAULT_GROUP_SIZE
 from kttools_runtime.errors import UsageError
 from kttools_runtime.experts import pack_format
+from kttools_runtime.load_plan import SHORTEST_CACHE
 
-from .layout import CPU_FORMATS, GPU_FORMATS, Layout, bundle_layout, source_layout
-from .memory import RamPlan, ram_plan
+from .layout import GPU_FORMATS, Layout, bundle_layout, smaller_cpu_formats, source_layout
+from .memory import Machine, Needs, needs
 
-SHORTEST_CACHE = 2048
+MOST_GPUS = 4  # that a remedy asks for
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the user may change. Formats are None for a bundle, which has its own."""
+    """What the user may change. Formats are None for a bundle, which has its own.
+
+    gpu_experts: "auto", a number of routed experts of every layer, or None.
+    """
 
     cpu_format: str | None
     gpu_format: str | None
     cache_len: int
     numa: str
     threads: int
+    gpu_experts: str | None = None
 
 
 class Subject(Protocol):
@@ -78,36 +83,59 @@ def open_subject(path: Path) -> Subject:
     return SourceSubject(open_config(path) if is_config_alone else open_model(path))
 
 
-def ram(subject: Subject, choice: Choice) -> RamPlan:
-    """RAM of this choice."""
-    return ram_plan(subject.layout(choice), choice.cache_len, choice.numa, choice.threads)
+def needs_of(subject: Subject, choice: Choice, machine: Machine) -> Needs:
+    """What this choice takes."""
+    layout = subject.layout(choice)
+    return needs(layout, choice.cache_len, choice.numa, choice.threads, machine, choice.gpu_experts)
 
 
-def nearest_fit(subject: Subject, choice: Choice, limit_bytes: int) -> Choice | None:
-    """The first choice that fits: without copies per node, with a shorter cache, with smaller experts, with
-    smaller shards, and these together, the quality of the weights given up last."""
-    return next((c for c in _smaller(choice) if ram(subject, c).total <= limit_bytes), None)
+def nearest_fit(subject: Subject, choice: Choice, machine: Machine) -> tuple[Choice, Machine] | None:
+    """The first of the smaller choices that fits; the machine differs by more GPUs of the same size alone."""
+    for other, smaller in _smaller(choice, machine):
+        found = needs_of(subject, smaller, other)
+        if smaller.gpu_experts is not None and found.hot > found.most_hot:
+            smaller = replace(smaller, gpu_experts=str(found.most_hot))
+            found = needs_of(subject, smaller, other)
+        if found.fits(other):
+            return smaller, other
+    return None
 
 
-def smallest(subject: Subject, choice: Choice) -> int:
-    """RAM of the smallest of those choices."""
-    return min(ram(subject, c).total for c in _smaller(choice))
+def smallest(subject: Subject, choice: Choice, machine: Machine) -> tuple[int, int]:
+    """RAM, and VRAM of the fullest GPU, of the smallest of those choices."""
+    found = [needs_of(subject, replace(c, gpu_experts=None), m) for m, c in _smaller(choice, machine)]
+    vram = min(max((device.total for device in n.devices), default=0) for n in found)
+    return min(n.ram_total for n in found), vram
 
 
-def _smaller(choice: Choice) -> Iterator[Choice]:
+def _smaller(choice: Choice, machine: Machine) -> Iterator[tuple[Machine, Choice]]:
+    """Without copies per node and with fewer experts on the GPUs, then with a shorter cache, smaller experts,
+    smaller shards, more GPUs, and these together: what costs quality late, what costs money last."""
     numa = "shard" if choice.numa == "replicate" else choice.numa
-    for gpu in _below(choice.gpu_format, GPU_FORMATS):
-        for cpu in _below(choice.cpu_format, CPU_FORMATS):
-            for length in _shorter(choice.cache_len):
-                yield replace(choice, cpu_format=cpu, gpu_format=gpu, cache_len=length, numa=numa)
+    for other in _more_gpus(machine):
+        for gpu in _gpu_formats(choice.gpu_format):
+            for cpu in _cpu_formats(choice.cpu_format):
+                for length in _shorter(choice.cache_len):
+                    yield (
+                        other,
+                        replace(choice, cpu_format=cpu, gpu_format=gpu, cache_len=length, numa=numa),
+                    )
 
 
-def _below(name: str | None, names: tuple[str, ...]) -> tuple[str | None, ...]:
-    """This format and the smaller ones; as the user spelt it where it stays."""
-    if name is None:
-        return (None,)
-    full = name if name in names else pack_format(name)
-    return (name, *names[names.index(full) + 1 :])
+def _more_gpus(machine: Machine) -> Iterator[Machine]:
+    yield machine
+    for count in range(len(machine.vram) + 1, MOST_GPUS + 1 if machine.vram else 0):
+        yield replace(machine, vram=(min(machine.vram),) * count)
+
+
+def _gpu_formats(name: str | None) -> tuple[str | None, ...]:
+    """This format and the smaller ones."""
+    return (None,) if name is None else GPU_FORMATS[GPU_FORMATS.index(name) :]
+
+
+def _cpu_formats(name: str | None) -> tuple[str | None, ...]:
+    """This format, as the user spelt it, and the smaller ones."""
+    return (None,) if name is None else (name, *smaller_cpu_formats(pack_format(name)))
 
 
 def _shorter(cache_len: int) -> Iterator[int]:

@@ -3,28 +3,26 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kttools.families import Role, SourceModel, canonical_tensors
+from kttools.families import SourceModel, canonical_tensors
 from kttools.quantize.plan import Plan, make_plan
 from kttools.quantize.recipe import make_recipe
 from kttools_runtime import _kernels
 from kttools_runtime.config import ModelConfig
-from kttools_runtime.manifest import Manifest, load_manifest
-from kttools_runtime.shards import FORMAT_PARTS, ShardWeights
-from kttools_runtime.weights import PARTS
+from kttools_runtime.footprint import StoredTensor, stored_tensors
+from kttools_runtime.manifest import load_manifest
+from kttools_runtime.shards import ShardWeights
 
-CPU_FORMATS = ("bf16", "int8", "int4_g32", "int4_g64", "int4_g128")  # largest first
-GPU_FORMATS = ("bf16", "int8", "int4")
+GPU_FORMATS = ("bf16", "int8", "int4")  # largest first
 
 
-@dataclass(frozen=True, slots=True)
-class DenseTensor:
-    """A tensor of the shards. format: None when it is no quantised linear; bytes: as stored."""
+def smaller_cpu_formats(name: str) -> tuple[str, ...]:
+    """The pack formats below a pack format that any checkpoint can be quantised to, largest first.
 
-    name: str
-    role: Role
-    elements: int
-    format: str | None
-    bytes: int
+    GGUF's own block formats (q4_k, ...) are kept from a file, never made.
+    """
+    sizes = {other: _kernels.expert_bytes(other, 8192, 8192) for other in _kernels.FORMATS}
+    below = [other for other in sizes if sizes[other] < sizes[name] and not other.startswith("q")]
+    return tuple(sorted(below, key=lambda other: -sizes[other]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,7 @@ class Layout:
     config: ModelConfig
     expert_formats: dict[int, tuple[str, ...]]
     pack_bytes: int
-    tensors: tuple[DenseTensor, ...]
+    tensors: tuple[StoredTensor, ...]
     shard_bytes: int
     tokenizer_bytes: int
     read_bytes: int | None
@@ -55,12 +53,19 @@ class Layout:
     def chosen_expert_bytes(self) -> int:
         """Bytes of one token's experts in all MoE layers, each of average size."""
         config = self.config
-        total = sum(
-            _kernels.expert_bytes(name, config.hidden_size, config.moe_intermediate_size)
-            for names in self.expert_formats.values()
-            for name in names
-        )
+        sizes = {name: self.expert_bytes(name) for names in self.expert_formats.values() for name in names}
+        total = sum(sizes[name] for names in self.expert_formats.values() for name in names)
         return total * config.num_experts_per_tok // config.n_routed_experts
+
+    @property
+    def largest_expert_bytes(self) -> int:
+        """Of one routed expert in the largest format that occurs; 0 without any."""
+        formats = {name for names in self.expert_formats.values() for name in names}
+        return max((self.expert_bytes(name) for name in formats), default=0)
+
+    def expert_bytes(self, name: str) -> int:
+        """One expert of a format, as a pack holds it."""
+        return _kernels.expert_bytes(name, self.config.hidden_size, self.config.moe_intermediate_size)
 
 
 def source_layout(source: SourceModel, cpu_format: str, gpu_format: str, group_size: int) -> Layout:
@@ -77,10 +82,10 @@ def source_layout(source: SourceModel, cpu_format: str, gpu_format: str, group_s
     )
 
 
-def _planned_tensors(plan: Plan) -> tuple[DenseTensor, ...]:
-    elements = {spec.name: spec.elements for spec in canonical_tensors(plan.source.config)}
+def _planned_tensors(plan: Plan) -> tuple[StoredTensor, ...]:
+    shapes = {spec.name: spec.shape for spec in canonical_tensors(plan.source.config)}
     return tuple(
-        DenseTensor(t.source.name, t.source.role, elements[t.source.name], t.format, t.bytes)
+        StoredTensor(t.source.name, shapes[t.source.name], t.format, t.bytes)
         for shard in plan.shards
         for t in shard.tensors
     )
@@ -92,25 +97,13 @@ def bundle_layout(path: Path) -> Layout:
     packs = {expert.file for expert in manifest.experts.values()}
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
     count = manifest.model.n_routed_experts
+    shards = ShardWeights([manifest.path(n) for n in sizes if n.endswith(".safetensors")], manifest.linears)
     return Layout(
         config=manifest.model,
         expert_formats={i: e.formats or (e.format,) * count for i, e in sorted(manifest.experts.items())},
         pack_bytes=sum(sizes[name] for name in packs),
-        tensors=_stored_tensors(manifest),
+        tensors=tuple(stored_tensors(shards.infos, manifest.linears)),
         shard_bytes=sum(size for name, size in sizes.items() if name.startswith("shards/")),
         tokenizer_bytes=sum(size for name, size in sizes.items() if name.startswith("tokenizer/")),
         read_bytes=None,
     )
-
-
-def _stored_tensors(manifest: Manifest) -> tuple[DenseTensor, ...]:
-    files = [manifest.path(name) for name in manifest.files if name.endswith(".safetensors")]
-    infos = ShardWeights(files, manifest.linears).infos
-    found = []
-    for spec in canonical_tensors(manifest.model):
-        base = spec.name.removesuffix(".weight")
-        form = manifest.linears.get(base) if spec.role.is_linear else None
-        names = [f"{base}.{part}" for part in PARTS[FORMAT_PARTS[form]]] if form else [spec.name]
-        stored = sum(infos[name].bytes for name in names if name in infos)
-        found.append(DenseTensor(spec.name, spec.role, spec.elements, form, stored))
-    return tuple(found)

@@ -1,99 +1,98 @@
-"""RAM of a loaded model by part, in bytes: what is mapped, what is anonymous."""
+"""Memory of a loaded model by part, for a layout and a choice: the runtime's own accounting, applied."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from kttools.families import Role
-from kttools.quantize.plan import BASE_BYTES
-from kttools_runtime import attention, gqa
-from kttools_runtime.cache import KVCache
+from kttools_runtime import memory
 from kttools_runtime.config import ModelConfig
-from kttools_runtime.model import DEFAULT_CACHE_LEN, DEFAULT_CHUNK_SIZE
-from kttools_runtime.numa import NumaPlan, share_nodes
+from kttools_runtime.device_footprint import DeviceFootprint, most_hot_experts, with_hot_experts
+from kttools_runtime.footprint import Footprint
+from kttools_runtime.load_plan import LoadRequest
+from kttools_runtime.model import DEFAULT_CACHE_LEN
 
-from .layout import DenseTensor, Layout
-
-FLOAT_ROLES = frozenset({Role.NORM, Role.ROUTER, Role.ROUTER_BIAS, Role.ATTENTION_BIAS})
+from .layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
-class RamPlan:
-    """numa: how the mapped packs are shared; process: interpreter and libraries, with slack."""
+class Machine:
+    """What there is. vram: bytes of each GPU; nodes: memory nodes."""
 
-    experts: int
-    numa: NumaPlan
-    dense: int
-    cache: int
-    scratch: int
-    process: int = BASE_BYTES
+    ram_bytes: int
+    vram: tuple[int, ...]
+    nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a choice takes. libraries: of the process before anything is loaded; devices: GPUs in order.
+
+    most_hot: routed experts of every MoE layer that fit beside the rest, at most all; hot: those that are
+    planned there.
+    """
+
+    ram: Footprint
+    libraries: int
+    devices: tuple[DeviceFootprint, ...]
+    most_hot: int
+    hot: int
 
     @property
-    def copies(self) -> int:
-        """Bytes of expert weights held beside the mapped packs (numa replicate)."""
-        return self.numa.copied_bytes
+    def ram_total(self) -> int:
+        return self.ram.total + self.libraries
 
     @property
-    def anonymous(self) -> int:
-        """Everything but the page cache."""
-        return self.copies + self.dense + self.cache + self.scratch + self.process
+    def process(self) -> int:
+        """Libraries, and what they grow by."""
+        return self.ram.process + self.libraries
 
-    @property
-    def total(self) -> int:
-        return self.experts + self.anonymous
+    def node_bytes(self) -> tuple[int, ...]:
+        """RAM of each memory node in use; libraries, cache and scratch on the first."""
+        first, *rest = self.ram.node_bytes()
+        return (first + self.libraries, *rest)
+
+    def fits(self, machine: Machine) -> bool:
+        return self.ram_total <= machine.ram_bytes and all(
+            device.total <= limit for device, limit in zip(self.devices, machine.vram, strict=True)
+        )
 
 
-def ram_plan(layout: Layout, cache_len: int, numa: str, threads: int) -> RamPlan:
-    """RAM of load() on the CPU with bf16 activations and a full cache of cache_len tokens."""
-    return RamPlan(
+def needs(
+    layout: Layout,
+    cache_len: int,
+    numa: str,
+    threads: int,
+    machine: Machine,
+    gpu_experts: str | None = None,
+) -> Needs:
+    """RAM, and VRAM of every GPU of the machine. gpu_experts: "auto", a number for every layer, or None."""
+    request = LoadRequest(
+        config=layout.config,
+        tensors=layout.tensors,
         experts=layout.pack_bytes,
-        numa=share_nodes(layout.pack_bytes, numa, threads),
-        dense=dense_bytes(layout),
-        cache=cache_len * cache_bytes_per_token(layout.config),
-        scratch=scratch_bytes(layout, cache_len),
+        tokenizer=layout.tokenizer_bytes,
+        cache_len=cache_len,
+        dtype=torch.bfloat16,
+        threads=threads,
+        numa=numa,
+        nodes=machine.nodes,
+        devices=tuple(range(len(machine.vram))),
     )
+    devices, moe = request.on_devices(), layout.config.moe_layers
+    each = layout.largest_expert_bytes
+    most = most_hot_experts(devices, moe, each, machine.vram) if each else 0
+    most = min(most, layout.config.n_routed_experts)
+    hot = most if gpu_experts == "auto" else int(gpu_experts or 0)
+    return Needs(request.host(), libraries_bytes(), with_hot_experts(devices, moe, each, hot), most, hot)
+
+
+@cache
+def libraries_bytes() -> int:
+    """What this process held when first asked: the interpreter, torch and this package."""
+    return memory.resident_bytes()
 
 
 def default_cache_len(config: ModelConfig) -> int:
     """What a model takes when nobody says."""
     return min(config.max_position_embeddings, DEFAULT_CACHE_LEN)
-
-
-def cache_bytes_per_token(config: ModelConfig) -> int:
-    """All layers, bf16."""
-    return KVCache(config, 1, torch.bfloat16, torch.device("meta")).bytes_per_token
-
-
-def dense_bytes(layout: Layout) -> int:
-    """What load() holds of the shards."""
-    return sum(held_bytes(tensor, layout.config) for tensor in layout.tensors)
-
-
-def held_bytes(tensor: DenseTensor, config: ModelConfig) -> int:
-    """One tensor in RAM: small ones are float32, kv_b is bf16 (so are its two halves in the kernels), other
-    linears are repacked in the format they are stored in (strips are padded; not counted)."""
-    if tensor.role in FLOAT_ROLES:
-        return 4 * tensor.elements
-    is_bf16 = tensor.name.endswith("kv_b_proj.weight") or (
-        tensor.role is Role.EMBEDDING and config.tie_word_embeddings
-    )
-    return 2 * tensor.elements if is_bf16 else tensor.bytes
-
-
-def scratch_bytes(layout: Layout, cache_len: int) -> int:
-    """An estimate: activations of a chunk of the prompt, or the largest matrix while it is repacked."""
-    largest = max((tensor.bytes for tensor in layout.tensors), default=0)
-    return max(largest, _prefill_bytes(layout.config, cache_len))
-
-
-def _prefill_bytes(config: ModelConfig, cache_len: int) -> int:
-    chunk = min(DEFAULT_CHUNK_SIZE, cache_len)
-    heads, is_mla = config.num_attention_heads, config.attention == "mla"
-    limit = attention.HEAD_BLOCK_BYTES if is_mla else gqa.HEAD_BLOCK_BYTES
-    width = max(config.qk_head_dim, config.v_head_dim)
-    keys = min(limit, 4 * cache_len * heads * width)
-    mask = 2 * min(chunk, attention.QUERY_BLOCK_TOKENS) * cache_len
-    attended = 4 * chunk * heads * (config.qk_head_dim + 2 * config.v_head_dim)
-    experts = config.num_experts_per_tok * (config.moe_intermediate_size + config.hidden_size)
-    mlp = 4 * chunk * max(experts, 3 * config.intermediate_size)
-    return keys + mask + 4 * 4 * chunk * config.hidden_size + max(attended, mlp)

@@ -1,4 +1,4 @@
-"""A plan as text and as JSON."""
+"""A plan as text and as JSON (schema: schemas/plan.schema.json)."""
 
 import math
 import shlex
@@ -7,31 +7,44 @@ from pathlib import Path
 from typing import Any
 
 from kttools.bundle.render import size
+from kttools_runtime.device_footprint import CONTEXT_BYTES, GRAPH_LAYER_BYTES, DeviceFootprint
 
+from .ceilings import Sourced
 from .choice import Choice
 from .layout import Layout
-from .memory import RamPlan
+from .memory import Machine, Needs
 from .speed import Speed
+
+UNKNOWN_READ = "not known: no weights beside config.json (embedding and norms taken as bf16)"
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything a plan says. ram_limit_bytes: given or available; disk_bytes_s: as given or assumed."""
+    """Everything a plan says. name: of the model, for a bundle's directory; disk_bytes_s: given or assumed.
+
+    hot_speed: with all the experts on the GPUs that fit, None without GPUs or room; speed: as planned.
+    """
 
     model: str
+    name: str
     path: Path
     is_bundle: bool
     choice: Choice
     layout: Layout
-    ram: RamPlan
+    machine: Machine
+    device_names: tuple[str, ...]
+    needs: Needs
     speed: Speed
-    ram_limit_bytes: int
-    is_limit_given: bool
+    hot_speed: Speed | None
+    cpu: Sourced
+    gpu: Sourced | None
+    ram_source: str
+    vram_source: str
     disk_bytes_s: float
 
     @property
     def fits(self) -> bool:
-        return self.ram.total <= self.ram_limit_bytes
+        return self.needs.fits(self.machine)
 
     @property
     def load_s(self) -> float:
@@ -42,17 +55,38 @@ class Report:
         """What to run: quantize unless MODEL is a bundle, then chat."""
         choice, bundle, lines = self.choice, self.model, []
         if not self.is_bundle:
-            bundle = f"{self.path.name.removesuffix('.gguf')}-{choice.cpu_format}"
+            bundle = f"{self.name}-{choice.cpu_format}"
             formats = ["--cpu-format", str(choice.cpu_format), "--gpu-format", str(choice.gpu_format)]
             lines.append(["kttools", "quantize", self.model, "-o", bundle, *formats])
         options = ["--cache_lens", str(choice.cache_len), "-t", str(choice.threads), "--numa", choice.numa]
+        if self.device_names:
+            options += ["--device", ",".join(self.device_names)]
+        if self.needs.hot:
+            options += ["--gpu-experts", str(self.needs.hot)]
         lines.append(["kttools", "chat", bundle, *options])
         return [shlex.join(line) for line in lines]
+
+    def assumptions(self) -> list[str]:
+        """What is neither read nor measured, and where it is from."""
+        found = [
+            "scratch: estimated from the shapes of one chunk of prompt",
+            f"process: {size(self.needs.libraries)} of this one, {size(self.needs.ram.process)} for code,"
+            " tokenizer and what a GPU's driver takes in RAM",
+            f"disk: {self.disk_bytes_s / 1e9:g} GB/s (--disk)",
+        ]
+        if self.needs.devices:
+            found += [
+                f"CUDA context and libraries: {size(CONTEXT_BYTES)} a GPU, an allowance",
+                f"graph: {size(GRAPH_LAYER_BYTES)} a layer, an allowance",
+                "hot experts: every expert chosen alike (a profile of the text does better)",
+            ]
+        return found
 
 
 def to_dict(report: Report) -> dict[str, Any]:
     """For --json; bytes, seconds, tokens per second."""
-    layout, ram, speed = report.layout, report.ram, report.speed
+    layout, need, speed = report.layout, report.needs, report.speed
+    ram = need.ram
     return {
         "model": report.model,
         "cpu_format": report.choice.cpu_format,
@@ -67,21 +101,60 @@ def to_dict(report: Report) -> dict[str, Any]:
             "tokenizer": layout.tokenizer_bytes,
         },
         "ram_bytes": {
-            "total": ram.total,
+            "total": need.ram_total,
             "experts_mapped": ram.experts,
             "experts_copied": ram.copies,
             "dense": ram.dense,
             "cache": ram.cache,
             "scratch_estimate": ram.scratch,
-            "process": ram.process,
+            "process": need.process,
         },
-        "numa": {"mode": ram.numa.mode, "node_bytes": list(ram.numa.node_bytes)},
-        "ram_limit_bytes": report.ram_limit_bytes,
+        "numa": {
+            "mode": ram.numa.mode,
+            "node_bytes": list(need.node_bytes()),
+            "node_expert_bytes": list(ram.numa.node_bytes),
+        },
+        "ram_limit_bytes": report.machine.ram_bytes,
+        "ram_limit_source": report.ram_source,
+        "devices": [
+            _device(name, device, limit)
+            for name, device, limit in zip(
+                report.device_names, need.devices, report.machine.vram, strict=True
+            )
+        ],
+        "gpu_experts": _gpu_experts(report),
         "fits": report.fits,
         "load_s": report.load_s,
         "disk_bytes_s": report.disk_bytes_s,
-        "upper_bounds": _bounds(speed),
+        "upper_bounds": _bounds(speed) | _sources(report),
+        "assumptions": report.assumptions(),
         "commands": report.commands(),
+    }
+
+
+def _device(name: str, device: DeviceFootprint, limit: int) -> dict[str, Any]:
+    return {
+        "device": name,
+        "layers": list(device.layers),
+        "limit_bytes": limit,
+        "total_bytes": device.total,
+        "weight_bytes": dict(sorted(device.weights.items())),
+        "cache_bytes": device.cache,
+        "workspace_estimate_bytes": device.workspace,
+        "graph_allowance_bytes": device.graph,
+        "context_allowance_bytes": device.context,
+        "hot_expert_bytes": device.hot_experts,
+    }
+
+
+def _gpu_experts(report: Report) -> dict[str, Any] | None:
+    if not report.needs.devices:
+        return None
+    gained = None if report.hot_speed is None else report.hot_speed.decode_tokens_s
+    return {
+        "per_layer": report.needs.hot,
+        "most_per_layer": report.needs.most_hot,
+        "most_decode_tokens_s": gained,
     }
 
 
@@ -89,6 +162,8 @@ def _bounds(speed: Speed) -> dict[str, Any]:
     return {
         "bandwidth_bytes_s": speed.ceilings.bandwidth_bytes_s,
         "compute_ops_s": speed.ceilings.compute_ops_s,
+        "gpu_bandwidth_bytes_s": None if speed.gpu is None else speed.gpu.bandwidth_bytes_s,
+        "gpu_compute_ops_s": None if speed.gpu is None else speed.gpu.compute_ops_s,
         "decode_expert_bytes": speed.expert_bytes,
         "decode_dense_bytes": speed.dense_bytes,
         "decode_full_cache_bytes": speed.cache_bytes,
@@ -96,14 +171,23 @@ def _bounds(speed: Speed) -> dict[str, Any]:
         "decode_full_cache_tokens_s": speed.full_cache_tokens_s,
         "prefill_ops_per_token": speed.token_ops,
         "prefill_chunk_tokens": speed.chunk_tokens,
-        "prefill_chunk_bytes": speed.chunk_bytes,
+        "prefill_chunk_bytes": speed.chunk_bytes + speed.dense_bytes,
         "prefill_tokens_s": speed.prefill_tokens_s,
+    }
+
+
+def _sources(report: Report) -> dict[str, Any]:
+    return {
+        "source": report.cpu.source,
+        "gpu_source": None if report.gpu is None else report.gpu.source,
     }
 
 
 def render(report: Report) -> str:
     """Aligned lines, the commands last."""
-    rows = [("model", report.model), *_disk_rows(report), *_ram_rows(report), *_speed_rows(report)]
+    rows = [("model", report.model), *_disk_rows(report), *_ram_rows(report), *_device_rows(report)]
+    rows += _speed_rows(report)
+    rows += [("assumed" if i == 0 else "", line) for i, line in enumerate(report.assumptions())]
     rows += [("run" if i == 0 else "", line) for i, line in enumerate(report.commands())]
     return "\n".join(f"{name:<18}{value}".rstrip() for name, value in rows)
 
@@ -115,9 +199,7 @@ def _disk_rows(report: Report) -> Rows:
     layout = report.layout
     rows: Rows = []
     if not report.is_bundle:
-        unknown = "not known: no weights beside config.json (embedding and norms taken as bf16)"
-        read = size(layout.read_bytes) if layout.read_bytes is not None else unknown
-        rows.append(("read", read))
+        rows.append(("read", size(layout.read_bytes) if layout.read_bytes is not None else UNKNOWN_READ))
     return [
         *rows,
         ("bundle", f"{size(layout.bundle_bytes)} (and a manifest and a report)"),
@@ -128,40 +210,78 @@ def _disk_rows(report: Report) -> Rows:
 
 
 def _ram_rows(report: Report) -> Rows:
-    ram, cache_len = report.ram, report.choice.cache_len
-    limit = f"{size(report.ram_limit_bytes)} {'given' if report.is_limit_given else 'available'}"
-    nodes = ", ".join(f"node {i} {size(share)}" for i, share in enumerate(ram.numa.node_bytes))
-    copied: Rows = [("  expert copies", f"{size(ram.copies)} ({nodes})")] if ram.copies else []
-    verdict = "fits" if report.fits else "does not fit"
+    need, ram = report.needs, report.needs.ram
+    is_enough = need.ram_total <= report.machine.ram_bytes
+    limit = f"{size(report.machine.ram_bytes)} {report.ram_source}"
+    nodes = ", ".join(f"node {i} {size(share)}" for i, share in enumerate(need.node_bytes()))
+    dense = "embedding, looked up by row" if need.devices else "repacked for the kernels"
+    rows = [
+        ("RAM", f"{size(need.ram_total)} of {limit}: {'fits' if is_enough else 'does not fit'}"),
+        ("  expert packs", f"{size(ram.experts)} mapped, page cache"),
+    ]
+    if ram.copies:
+        rows.append(("  expert copies", f"{size(ram.copies)}, one a node"))
+    rows.append(("  dense weights", f"{size(ram.dense)} {dense}"))
+    if not need.devices:
+        rows.append(("  KV cache", f"{size(ram.cache)} for {report.choice.cache_len} tokens"))
     return [
-        ("RAM", f"{size(ram.total)} of {limit}: {verdict}"),
-        ("  expert packs", f"{size(ram.experts)} mapped, page cache (NUMA {ram.numa.mode}: {nodes})"),
-        *copied,
-        ("  dense weights", f"{size(ram.dense)} repacked"),
-        ("  KV cache", f"{size(ram.cache)} for {cache_len} tokens"),
+        *rows,
         ("  scratch", f"{size(ram.scratch)} (estimate)"),
-        ("  process", f"{size(ram.process)} (libraries, with slack)"),
+        ("  process", f"{size(need.process)} (libraries, tokenizer)"),
+        (f"  NUMA {ram.numa.mode}", nodes),
     ]
 
 
+def _device_rows(report: Report) -> Rows:
+    rows: Rows = []
+    for name, device, limit in zip(
+        report.device_names, report.needs.devices, report.machine.vram, strict=True
+    ):
+        verdict = "fits" if device.total <= limit else "does not fit"
+        first, last = device.layers
+        weights = ", ".join(f"{kind} {size(count)}" for kind, count in sorted(device.weights.items()))
+        rows += [
+            (name, f"{size(device.total)} of {size(limit)} {report.vram_source}: {verdict}"),
+            ("  weights", f"{size(device.weight_bytes)}: {weights}; layers {first} to {last - 1}"),
+            ("  KV cache", f"{size(device.cache)} for {report.choice.cache_len} tokens"),
+            ("  workspace", f"{size(device.workspace)} (estimate)"),
+            ("  context, graph", f"{size(device.context + device.graph)} (allowance)"),
+        ]
+        if device.hot_experts:
+            rows.append(("  hot experts", f"{size(device.hot_experts)}, {report.needs.hot} a layer"))
+    if rows and report.hot_speed is not None:
+        gained = f"{rounded(report.hot_speed.decode_tokens_s)} tok/s"
+        rows.append(("hot experts", f"at most {report.needs.most_hot} a layer fit: decode at most {gained}"))
+    return rows
+
+
 def _speed_rows(report: Report) -> Rows:
-    s, ceilings = report.speed, report.speed.ceilings
+    s, cpu = report.speed, report.speed.ceilings
     rate = f"{report.disk_bytes_s / 1e9:g} GB/s (--disk; not measured)"
-    return [
+    rows = [
         ("load", f"{report.load_s:.1f} s at {rate}, less from the page cache"),
         (
             "ceilings",
-            f"{ceilings.bandwidth_bytes_s / 1e9:.1f} GB/s, {ceilings.compute_ops_s / 1e12:.3g} Tops",
+            f"{cpu.bandwidth_bytes_s / 1e9:.1f} GB/s, {cpu.compute_ops_s / 1e12:.3g} Tops"
+            f" ({report.cpu.source})",
         ),
+    ]
+    if s.gpu is not None and report.gpu is not None:
+        text = f"{s.gpu.bandwidth_bytes_s / 1e9:.1f} GB/s, {s.gpu.compute_ops_s / 1e12:.3g} Tops"
+        rows.append(("  of a GPU", f"{text} ({report.gpu.source})"))
+    cache = f"{size(s.cache_bytes)} when full"
+    chosen, rest = size(s.expert_bytes), size(s.dense_bytes - s.shared_bytes)
+    how = f"= bandwidth / ({chosen} chosen experts + {size(s.dense_bytes)} dense + cache, {cache})"
+    if s.gpu is not None:
+        how = f"= {chosen} chosen experts in RAM beside {size(s.shared_bytes)} shared in VRAM,"
+        how += f" then {rest} and cache ({cache}) there"
+    return [
+        *rows,
         (
             "decode",
             f"at most {rounded(s.decode_tokens_s)} tok/s, {rounded(s.full_cache_tokens_s)} with a full cache",
         ),
-        (
-            "",
-            f"= bandwidth / ({size(s.expert_bytes)} chosen experts + {size(s.dense_bytes)} dense"
-            f" + cache, {size(s.cache_bytes)} when full)",
-        ),
+        ("", how),
         (
             "prefill",
             f"at most {rounded(s.prefill_tokens_s)} tok/s, {s.chunk_tokens} at a time, every expert chosen",
@@ -169,7 +289,7 @@ def _speed_rows(report: Report) -> Rows:
         (
             "",
             f"= the slower of {s.token_ops / 1e9:.3g} G operations a token / compute and"
-            f" {size(s.chunk_bytes)} a chunk / bandwidth",
+            f" {size(s.chunk_bytes + s.dense_bytes)} a chunk / bandwidth",
         ),
     ]
 

@@ -1,5 +1,6 @@
 """Makes a table the default of a bundle: the file first, the manifest that lists it last."""
 
+import hashlib
 from pathlib import Path
 
 from kttools.bundle.atomic import atomic_write_bytes
@@ -13,14 +14,17 @@ from kttools_runtime.manifest import Manifest, read_manifest
 def install_table(bundle: Path, table: Path, fingerprint: str) -> Manifest:
     """Copies `table` into the bundle as its default. Raises InvalidInputError for another model's table.
 
-    Cut off in between, the bundle has a new table and an old manifest: `verify` says so, and a second run
-    mends it.
+    Cut off in between, the bundle is sound without a default table, and a second run completes it.
     """
     manifest = read_manifest(bundle)
     data = strict_json.read_bounded(table, MAX_TABLE_BYTES)
     parse_table(data, str(table), manifest.model, fingerprint)
-    atomic_write_bytes(bundle / BUNDLE_TABLE, data)
     parts = manifest_parts(manifest)
+    listed = parts["files"].pop(BUNDLE_TABLE, None)
+    if listed is not None and listed.sha256 != hashlib.sha256(data).hexdigest():
+        tables = table_names(bundle, list(parts["files"]))
+        write_manifest(bundle, **parts | {"expert_tables": tables})  # lets go of the file that is replaced
+    atomic_write_bytes(bundle / BUNDLE_TABLE, data)
     parts["files"][BUNDLE_TABLE] = digest_file(bundle / BUNDLE_TABLE)
     tables = table_names(bundle, list(parts["files"]))
     return write_manifest(bundle, **parts | {"fingerprint": fingerprint, "expert_tables": tables})

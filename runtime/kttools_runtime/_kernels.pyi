@@ -47,6 +47,16 @@ def unpack_expert(
 ) -> tuple[_F32, _F32, _F32]:
     """gate, up [I, H], down [H, I]: the weights that a blob stands for."""
 
+GGML_TYPES: dict[str, tuple[int, int]]
+
+def decode_ggml(type: str, data: _U8) -> _F32:
+    """Whole blocks of one of GGML_TYPES (name: weights and bytes of a block). The GIL is released."""
+
+def decode_fp8(
+    codes: _U8, scales: _F32, block_rows: int, block_cols: int, first_row: int, out: npt.NDArray[np.uint16]
+) -> bool:
+    """bf16 of e4m3 codes [N, K] times the scale of their block; False when a code is NaN."""
+
 def quantize_int8(w: _Float) -> tuple[_I8, _F32]:
     """w [N, K] -> q [N, K], row_scale [N]."""
 

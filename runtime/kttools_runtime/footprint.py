@@ -22,8 +22,9 @@ EMBEDDING = "model.embed_tokens.weight"
 STRIP_ROWS = 32  # the kernels pad a matrix to whole strips (csrc/kernels.h, kStripCols)
 STEP_INPUTS = {"bf16": 32, "int8": 64, "int4": 64}  # and its inputs to whole steps
 # Measured (torch 2.13 for CPUs, x86-64): what an interpreter with torch and this package takes beyond its own
-# resident memory once a model has run, code paged in on first use and the engine's threads: 22 to 25 MB.
-WARM_BYTES = 24_000_000
+# resident memory once a model has run, code paged in on first use and the engine's threads: 10 to 24 MB, less
+# the more had been imported.
+WARM_BYTES = 14_000_000
 # tokenizer.json in memory: 13 MB for 0.54 MB of it, 8 of them the library.
 TOKENIZER_BYTES, TOKENIZER_FACTOR = 8_000_000, 10
 # What malloc keeps of small activations beside those in use: as much again (ds3-nano and ds3-tiny, 100 to

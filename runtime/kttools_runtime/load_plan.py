@@ -13,6 +13,8 @@ from .footprint import EMBEDDING, Footprint, StoredTensor, footprint
 from .numa import share_nodes
 
 SHORTEST_CACHE = 2048
+# An allowance, not measured: CUDA's libraries and driver in the RAM of a process that uses it.
+HOST_CONTEXT_BYTES = 1 << 30
 GIB = float(1 << 30)
 
 
@@ -42,7 +44,7 @@ class LoadRequest:
         cache_len = self.cache_len
         if self.devices:
             tensors, cache_len = [t for t in self.tensors if t.name == EMBEDDING], 0
-        return footprint(
+        found = footprint(
             self.config,
             tensors,
             self.experts,
@@ -53,6 +55,7 @@ class LoadRequest:
             self.tokenizer,
             self.is_streamed,
         )
+        return replace(found, process=found.process + HOST_CONTEXT_BYTES) if self.devices else found
 
     def on_devices(self) -> tuple[DeviceFootprint, ...]:
         """VRAM of each GPU."""

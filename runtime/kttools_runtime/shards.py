@@ -12,21 +12,26 @@ from .weights import PARTS, LinearWeights
 # Name of a format in the manifest -> in weights.PARTS.
 FORMAT_PARTS = {"bf16": "float", "int8": "int8", "int4": "int4"}
 GROUP_SIZES = (32, 64, 128)
+# The one text of a shard's header that nothing else depends on; so any flipped bit of a header is noticed.
+METADATA = {"format": "pt"}
 
 
 class ShardWeights:
     """Tensors of several safetensors files by name. Only headers are read until a tensor is asked for.
 
     formats: the manifest's `linears`, tensor base name -> "bf16" | "int8" | "int4"; what the shards hold must
-    agree. Raises CorruptFileError for a broken header, a name in two files, or a tensor that is missing or
-    misshapen.
+    agree. Raises CorruptFileError for a broken or foreign header, a name in two files, or a tensor that is
+    missing or misshapen.
     """
 
     def __init__(self, files: Iterable[Path], formats: dict[str, str]) -> None:
         self.formats = formats
         self.infos: dict[str, TensorInfo] = {}
         for file in sorted(files):
-            for name, info in read_header(file).tensors.items():
+            header = read_header(file)
+            if header.metadata not in ({}, METADATA):
+                raise CorruptFileError(f"{file}: __metadata__ is not what shards have: {METADATA}")
+            for name, info in header.tensors.items():
                 if name in self.infos:
                     raise CorruptFileError(f"{file}: tensor {name} is also in {self.infos[name].file}")
                 self.infos[name] = info

@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import pytest
+from gguf import GGUFReader
 
+from kttools.checkpoint.gguf.splits import open_files
+from kttools.checkpoint.gguf.views import read_rows
 from kttools.eval.diff import compare
 from kttools.families import open_model
 from kttools.gguf_out.plan import make_plan
 from kttools.gguf_out.writer import write
 from kttools_runtime.errors import UnsupportedModelError
+from tests.checkpoint.gguf_forge import Image, f32
 from tests.family_oracle import hf_model, save
 
 NO_TOKENIZER = "a bundle made of it can compute but not read or write text"
@@ -38,6 +42,32 @@ def test_there_and_back(tmp_path: Path, family: str, case: str) -> None:
     assert again.config == source.config
     assert again.notices == [f"{tmp_path / 'x.gguf'}: no tokenizer.json; " + NO_TOKENIZER]
     result = compare(source, again)
+    assert result.missing == []
+    assert result.worst_relative_rms == 0.0
+
+
+def test_mixtral_with_a_tensor_per_expert(tmp_path: Path) -> None:
+    """As converted in early 2024, before experts were stacked: blk.N.ffn_gate.E.weight."""
+    source = open_model(save(hf_model("mixtral", "base"), tmp_path / "hf"))
+    write(make_plan(source, tmp_path / "new.gguf", "f32"))
+    new = open_files(tmp_path / "new.gguf")
+    tensors = []
+    for tensor in new.tensors.values():
+        values = read_rows(tensor, 0, tensor.shape[0]).float().numpy()
+        if "_exps." in tensor.name:
+            name = tensor.name.replace("_exps.weight", ".{}.weight")
+            tensors += [f32(name.format(expert), each) for expert, each in enumerate(values)]
+        else:
+            tensors.append(f32(tensor.name, values))
+    assert sum(".ffn_gate.7.weight" in tensor.name for tensor in tensors) == 3
+    reader = GGUFReader(tmp_path / "new.gguf")
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    pairs = [(name, int(field.types[0]), field.contents()) for name, field in fields.items()]
+    Image(pairs, tensors).save(tmp_path / "old.gguf")
+    old = open_model(tmp_path / "old.gguf")
+    assert old.expert_layout(1) == "one tensor per expert"
+    assert old.config == source.config
+    result = compare(source, old)
     assert result.missing == []
     assert result.worst_relative_rms == 0.0
 

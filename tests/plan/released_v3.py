@@ -1,4 +1,4 @@
-"""DeepSeek-V3's config.json, as its repository has it."""
+"""config.json of DeepSeek-V3 and of Kimi-K2, as their repositories have them."""
 
 from typing import Any
 
@@ -58,4 +58,23 @@ DEEPSEEK_V3: dict[str, Any] = {
     "use_cache": True,
     "v_head_dim": 128,
     "vocab_size": 129280,
+}
+
+KIMI_K2: dict[str, Any] = {
+    **DEEPSEEK_V3,
+    "bos_token_id": 163584,
+    "eos_token_id": 163585,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "model_type": "kimi_k2",
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": {**DEEPSEEK_V3["rope_scaling"], "beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "topk_group": 1,
+    "vocab_size": 163840,
 }

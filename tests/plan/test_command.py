@@ -96,24 +96,32 @@ def test_sizes_need_a_unit(text: str, v3: str, capsys: pytest.CaptureFixture[str
 
 
 def test_what_is_not_given_is_measured(
-    nano_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    nano_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from kttools.plan import speed
+    from kttools.plan import ceilings, speed
 
     monkeypatch.setattr(speed, "PROBE_BYTES", 64 << 20)
+    monkeypatch.setattr(ceilings, "cache_dir", lambda: tmp_path)
     line = ["plan", str(nano_bundle), "-t", "1", "--bandwidth", "7", "--json", "--quiet", "--dram", "8G"]
     assert cli.main(line) == 0
     bounds = json.loads(capsys.readouterr().out)["upper_bounds"]
     assert bounds["bandwidth_bytes_s"] == 7e9
     assert 1e9 < bounds["compute_ops_s"] < 1e15
+    assert bounds["source"] == "given, measured now"
+
+    monkeypatch.setattr(speed, "measure", lambda *key: pytest.fail("measured what was remembered"))
+    assert cli.main(line) == 0
+    again = json.loads(capsys.readouterr().out)["upper_bounds"]
+    assert again["compute_ops_s"] == bounds["compute_ops_s"]
+    assert "measured here on" in again["source"]
 
 
 def test_a_container_limits_what_is_free(
     nano_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kttools import doctor
+    from kttools_runtime import memory
 
-    monkeypatch.setattr(doctor, "cgroup_memory", lambda root: 200 << 20)
+    monkeypatch.setattr(memory, "_cgroup_headroom", lambda root: [100 << 20])
     code, document = as_json(capsys, str(nano_bundle))
     assert code == 4
-    assert document["ram_limit_bytes"] == 200 << 20
+    assert document["ram_limit_bytes"] == 100 << 20

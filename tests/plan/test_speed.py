@@ -45,5 +45,24 @@ def test_prefill_multiplies_active_weights(directory: Path) -> None:
 def test_a_slow_memory_bounds_prefill_by_one_read_per_chunk(directory: Path) -> None:
     found = bounds(directory, 1e9, 1e18)
     assert found.chunk_bytes >= 58 * 256 * EXPERT_WEIGHTS
-    assert found.prefill_tokens_s == pytest.approx(1024 * 1e9 / found.chunk_bytes)
+    assert found.prefill_tokens_s == pytest.approx(1024 * 1e9 / (found.chunk_bytes + found.dense_bytes))
     assert bounds(directory, 1e9, 1e18, cache_len=1).chunk_bytes < found.chunk_bytes / 10
+
+
+def test_on_a_gpu_the_slower_half_of_a_layer_counts(directory: Path) -> None:
+    """Attention alone, then 464 routed experts over 250 GB/s or what is beside them over 1000 GB/s; with half
+    of the experts in VRAM half of them is read from RAM."""
+    layout = open_subject(directory).layout(Choice("int8", "int8", 4096, "off", 1))
+    cpu, gpu = Ceilings(0.0, 250e9, 1e18), Ceilings(0.0, 1000e9, 1e18)
+    found = speed(layout, 4096, cpu, gpu)
+    shared = 58 * EXPERT_WEIGHTS
+    alone = found.dense_bytes - shared
+    assert found.shared_bytes == pytest.approx(shared, rel=2e-3)
+    expected = alone / 1000e9 + 58 * 8 * EXPERT_WEIGHTS / 250e9
+    assert 1 / found.decode_tokens_s == pytest.approx(expected, rel=2e-3)
+    half = speed(layout, 4096, cpu, gpu, hot=128)
+    expected = alone / 1000e9 + 58 * 4 * EXPERT_WEIGHTS / 250e9
+    assert 1 / half.decode_tokens_s == pytest.approx(expected, rel=2e-3)
+    everything = speed(layout, 4096, cpu, gpu, hot=256)
+    expected = (alone + shared + 58 * 8 * EXPERT_WEIGHTS) / 1000e9
+    assert 1 / everything.decode_tokens_s == pytest.approx(expected, rel=2e-3)

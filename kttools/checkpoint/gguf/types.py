@@ -1,7 +1,8 @@
 """ggml's tensor types: block geometry, and bytes to numbers.
 
 The table is ours, so that sizes are checked before anything else looks at the bytes; the numbers come from
-the gguf package's NumPy code, called only with bytes whose count follows from type and shape.
+csrc/dequantize.cpp or, for types that are rarely met, the gguf package's NumPy code, which are called only
+with bytes whose count follows from type and shape.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import gguf
 import numpy as np
 import torch
 
+from kttools_runtime import _kernels
 from kttools_runtime.errors import InvalidInputError
 
 
@@ -58,6 +60,8 @@ def decode(data: np.ndarray, kind: GgmlType, columns: int) -> torch.Tensor:
         return torch.from_numpy(rows).view(PLAIN[kind.name])
     if not len(rows):  # the package's reshapes cannot infer a dimension of nothing
         return torch.empty((0, columns), dtype=torch.float32)
+    if kind.name in _kernels.GGML_TYPES:
+        return torch.from_numpy(_kernels.decode_ggml(kind.name, rows.reshape(-1))).view(-1, columns)
     try:
         qtype = gguf.GGMLQuantizationType(kind.number)
     except ValueError:

@@ -30,7 +30,7 @@ class Transform(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """One tensor's name in both worlds, with `{layer}` where it has one.
+    """One tensor's name in both worlds, with `{layer}` where it has one, and `{expert}` in old files.
 
     canonical: its name in a bundle, where the hub's is another.
     """
@@ -73,9 +73,10 @@ class Architecture:
     def hub_name(self, gguf_name: str) -> tuple[str, Transform] | None:
         """The hub's name of a GGUF tensor; None when the table does not know it."""
         pattern, layer = _split(gguf_name)
+        one, expert = _split(pattern, "{expert}")
         for name in self.names:
-            if name.gguf == pattern:
-                return name.hub.format(layer=layer), name.transform
+            if name.gguf in (pattern, one):
+                return name.hub.format(layer=layer, expert=expert), name.transform
         return None
 
     def gguf_name(self, canonical_name: str) -> tuple[str, Transform] | None:
@@ -118,12 +119,12 @@ def layer_names(*pairs: tuple[str, str]) -> tuple[Name, ...]:
     return tuple(Name("blk.{layer}." + gguf, "model.layers.{layer}." + hub) for gguf, hub in pairs)
 
 
-def _split(name: str) -> tuple[str, str]:
-    """(pattern, layer): the first number between dots becomes {layer}."""
+def _split(name: str, placeholder: str = "{layer}") -> tuple[str, str]:
+    """(pattern, number): the first number between dots becomes the placeholder."""
     match = LAYER.search(name)
     if match is None:
         return name, ""
-    return f"{name[: match.start()]}{{layer}}{name[match.end() :]}", str(int(match[0]))
+    return f"{name[: match.start()]}{placeholder}{name[match.end() :]}", str(int(match[0]))
 
 
 # Names that nearly all architectures share.

@@ -12,6 +12,7 @@ from .base import BLOCK_NAMES, MODEL_NAMES, ROUTED_NAMES, Architecture, Name, Tr
 
 NAME = "llama"
 PREFIX = "model.layers.{layer}.self_attn."
+EXPERTS = "model.layers.{layer}.block_sparse_moe.experts."
 NAMES = (
     *MODEL_NAMES,
     *BLOCK_NAMES,
@@ -19,6 +20,11 @@ NAMES = (
     Name("blk.{layer}.attn_q.weight", PREFIX + "q_proj.weight", Transform.QUERY_HALVES),
     Name("blk.{layer}.attn_k.weight", PREFIX + "k_proj.weight", Transform.KEY_HALVES),
     Name("blk.{layer}.attn_v.weight", PREFIX + "v_proj.weight"),
+    # Files of early 2024 have a tensor per expert.
+    *(
+        Name(f"blk.{{layer}}.ffn_{gguf}.{{expert}}.weight", f"{EXPERTS}{{expert}}.{hub}.weight")
+        for gguf, hub in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    ),
 )
 
 
