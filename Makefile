@@ -65,7 +65,7 @@ lint: dev
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 fuzz: dev
-	for target in gguf safetensors index config; do \
+	for target in gguf safetensors index config manifest pack; do \
 	$(BIN)/python -m tests.fuzz.fuzz $$target --seconds 15 --save build/fuzz || exit 1; done
 
 # A second build in build/asan; the sanitizer's runtime must be in the process before Python's own allocations.

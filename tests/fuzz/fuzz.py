@@ -1,6 +1,6 @@
 """Mutation fuzzer for the file parsers.
 
-python -m tests.fuzz.fuzz gguf --seconds 60       (from the repository's root; or safetensors, index, config)
+python -m tests.fuzz.fuzz gguf --seconds 60       (from the repository's root; or another target, or --runs)
 
 Every input must be read or refused with an InvalidInputError, within SLOW_SECONDS and without taking memory
 that the file does not justify. Anything else is a finding: it is printed, kept in --save, and the exit status
@@ -39,8 +39,15 @@ class Outcome:
         return self.accepted + self.refused + len(self.findings)
 
 
-def fuzz(target: Target, folder: Path, seconds: float, seed: int, corpus: Path | None = None) -> Outcome:
-    """Runs for `seconds`; the same seed tries the same inputs in the same order."""
+def fuzz(
+    target: Target,
+    folder: Path,
+    seconds: float,
+    seed: int,
+    corpus: Path | None = None,
+    runs: int | None = None,
+) -> Outcome:
+    """Runs for `seconds` or for `runs` inputs; the same seed tries the same ones in the same order."""
     rng = random.Random(seed)
     (folder / "seeds").mkdir()
     seeds = target.seeds(folder / "seeds")
@@ -49,7 +56,7 @@ def fuzz(target: Target, folder: Path, seconds: float, seed: int, corpus: Path |
     end = time.monotonic() + seconds
     for data in [*kept, *dict.fromkeys(seeds)]:
         try_one(target, folder, data, outcome)
-    while time.monotonic() < end:
+    while outcome.runs < runs if runs else time.monotonic() < end:
         try_one(target, folder, mutated(rng, seeds + kept), outcome)
     return outcome
 
@@ -77,12 +84,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=sorted(TARGETS))
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--runs", type=int, default=None, help="so many inputs instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, default=None, help="folder for findings")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         target = TARGETS[options.target]
-        outcome = fuzz(target, Path(folder), options.seconds, options.seed, CORPUS / options.target)
+        corpus = CORPUS / options.target
+        outcome = fuzz(target, Path(folder), options.seconds, options.seed, corpus, options.runs)
     print(f"{outcome.runs} inputs: {outcome.accepted} read, {outcome.refused} refused")
     for number, (data, problem) in enumerate(outcome.findings):
         print(f"finding {number}: {problem}")
