@@ -20,7 +20,7 @@ from kttools_runtime.manifest import (
 )
 from kttools_runtime.version import __version__
 
-from .atomic import TEMPORARY_SUFFIX, atomic_write_bytes
+from .atomic import TEMPORARY_SUFFIX, atomic_write_bytes, translate_oserror
 from .hashing import FileDigest
 
 
@@ -80,7 +80,10 @@ def write_manifest(bundle_dir: str | Path, **parts: Any) -> Manifest:
     """
     root = Path(bundle_dir)
     data = build_manifest(**parts)
-    (root / SIGNATURE_NAME).unlink(missing_ok=True)
+    try:
+        (root / SIGNATURE_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise translate_oserror(error, root / SIGNATURE_NAME) from error
     atomic_write_bytes(root / MANIFEST_NAME, data)
     return parse_manifest(data, root)
 

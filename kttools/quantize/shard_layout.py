@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kttools.families import TensorSource
 from kttools_runtime import strict_json
 from kttools_runtime.safetensors_file import DTYPES, LENGTH_BYTES
+from kttools_runtime.weights import check_sum_inputs
 
 from .recipe import Recipe
 
@@ -70,11 +71,12 @@ class ShardFile:
 
 
 def shard_tensor(source: TensorSource, recipe: Recipe) -> ShardTensor:
-    """The parts a source tensor is stored as."""
+    """The parts a source tensor is stored as. Raises InvalidInputError for one too wide for its format."""
     format_name = recipe.shard_format(source.name, source.role, source.shape)
     base = source.name.removesuffix(".weight")
     if format_name is None:
         return ShardTensor(source, None, (StoredTensor(source.name, source.dtype, source.shape),), 0)
+    check_sum_inputs(source.name, format_name, source.shape[-1])
     group_size = recipe.shard_group_size(source.name)
     parts = _parts(format_name, source.shape, group_size)
     stored = tuple(StoredTensor(f"{base}.{suffix}", dtype, shape) for suffix, dtype, shape in parts)

@@ -8,6 +8,7 @@ import torch
 from . import _kernels, env
 from .errors import HardwareError, InvalidInputError, UsageError
 from .numa import engine_mode
+from .weights import check_sum_inputs
 
 # What a user asks for, and the pack format it means. Layer errors: g32 0.13,
 # g64 0.145, g128 0.16.
@@ -154,7 +155,12 @@ class ExpertEngine:
     def layer_from_blobs(
         self, hidden_size: int, moe_intermediate_size: int, formats: list[str], blobs: list[np.ndarray]
     ) -> ExpertLayer:
-        """A layer over blobs in memory, one per expert, used in place and kept alive."""
+        """A layer over blobs in memory, one per expert, used in place and kept alive.
+
+        Raises InvalidInputError for sizes that a format's sums cannot hold.
+        """
+        for name in set(formats):
+            check_sum_inputs("expert layer", name, max(hidden_size, moe_intermediate_size))
         layer = _kernels.ExpertLayer(self.native, hidden_size, moe_intermediate_size, formats, blobs)
         return ExpertLayer(layer, hidden_size)
 

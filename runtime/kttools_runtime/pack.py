@@ -21,6 +21,7 @@ import xxhash
 
 from . import _kernels
 from .errors import InvalidInputError, PackFormatError
+from .weights import check_sum_inputs
 
 MAGIC = b"KTEXPERT"
 VERSION = 1
@@ -131,6 +132,7 @@ def validate(header: PackHeader, where: object) -> None:
     if header.file_bytes != end:
         problem = f"file_bytes is {header.file_bytes}, the last expert ends at {end}"
         _broken(Rule.FILE_BYTES, where, problem)
+    _check_sums(header, where)
 
 
 def parse_header(data: bytes, where: object) -> PackHeader:
@@ -235,6 +237,17 @@ def _check_limits(header: PackHeader, where: object) -> None:
     if len(header.experts) != header.num_experts:
         problem = f"num_experts is {header.num_experts}, the table has {len(header.experts)}"
         _broken(Rule.LIMITS, where, problem)
+
+
+def _check_sums(header: PackHeader, where: object) -> None:
+    """Sizes that every format can hold, but int32 sums cannot."""
+    names = format_names()
+    for number in {expert.format for expert in header.experts}:
+        for field in ("hidden_size", "moe_intermediate_size"):
+            try:
+                check_sum_inputs(field, names.get(number, ""), getattr(header, field))
+            except InvalidInputError as error:
+                _broken(Rule.LIMITS, where, str(error))
 
 
 def _check_experts(header: PackHeader, where: object) -> int:

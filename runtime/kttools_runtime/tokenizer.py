@@ -5,8 +5,9 @@ generation_config.json and chat_template.jinja add to it when they are there. No
 except the chat template, in a sandbox (chat_template.py).
 """
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
+from . import strict_json
 from .chat_template import ChatTemplate
 from .errors import InvalidInputError
 from .streaming import ByteStepper, Stepper, StreamDecoder, token_bytes
+from .tokenizer_limits import TokenizerLimitError, check_tokenizer
 
-MAX_TOKENIZER_BYTES = 256 << 20
+MAX_TOKENIZER_BYTES = strict_json.MAX_JSON_BYTES
 MAX_CONFIG_BYTES = 16 << 20
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -58,14 +61,26 @@ def _optional_json(path: Path) -> dict[str, Any]:
 def _load_backend(path: Path) -> Backend:
     text = read_bounded(path, MAX_TOKENIZER_BYTES)
     try:
+        # strict: of a key given twice, we and the library might believe different ones
+        check_tokenizer(strict_json.parse(text.encode("utf-8"), str(path)))
+    except TokenizerLimitError as error:
+        raise InvalidInputError(f"{path}: refused: {error}") from None
+    with _panics_refused(f"{path}: not a tokenizer this version can run"):
         backend = Backend.from_str(text)
-    except BaseException as error:  # the library raises bare Exception, and a Rust panic is a BaseException
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
-        raise InvalidInputError(f"{path}: not a tokenizer this version can run: {error}") from error
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+@contextlib.contextmanager
+def _panics_refused(what: str) -> Iterator[None]:
+    """InvalidInputError for what the library raises: bare Exception, and BaseException for a Rust panic."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)):
+            raise
+        raise InvalidInputError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def _token_text(value: Any, where: str) -> str | None:
@@ -144,7 +159,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InvalidInputError(f"the text is not valid Unicode at character {error.start}") from error
-        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
+        with _panics_refused(f"{self._json_path}: cannot encode this text"):
+            ids = list(self._backend.encode(text, add_special_tokens=False).ids)
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -153,7 +169,8 @@ class Tokenizer:
         bad = next((i for i in listed if not 0 <= i < 1 << 31), None)
         if bad is not None:
             raise InvalidInputError(f"token id {bad} is out of range, the vocabulary has {self.vocab_size}")
-        return str(self._backend.decode(listed, skip_special_tokens=skip_special_tokens))
+        with _panics_refused(f"{self._json_path}: cannot decode these ids"):
+            return str(self._backend.decode(listed, skip_special_tokens=skip_special_tokens))
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A fresh incremental decoder for one answer."""
@@ -209,11 +226,9 @@ class Tokenizer:
 
     def _affixes(self) -> tuple[list[int], list[int]]:
         """Ids put before and after a plain text."""
-        try:
+        with _panics_refused(f"{self._json_path}: cannot encode text"):
             bare = self._backend.encode("a", add_special_tokens=False).ids
             full = self._backend.encode("a", add_special_tokens=True).ids
-        except Exception as error:  # the library raises bare Exception
-            raise InvalidInputError(f"{self._json_path}: cannot encode text: {error}") from error
         at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
         prefix, suffix = list(full[:at]), list(full[at + len(bare) :])
         prefix = self._with_flag("add_bos_token", self.bos_token_id, prefix)

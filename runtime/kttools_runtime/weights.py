@@ -9,6 +9,11 @@ from torch import Tensor
 
 from .errors import InvalidInputError
 
+# The int8 kernels sum a whole row of products in int32: |activation| <= 127 and |weight| <= 128, for int8 as
+# for int4, whose s q - z fits int8. Floats and GGUF's blocks (a float scale every 32 to 256 inputs) have no
+# such bound.
+MAX_SUM_INPUTS = (2**31 - 1) // (127 * 128)  # 132104
+
 # Suffixes in a shard, by format; "float" is an unquantised matrix (BF16, or F16/F32 as the source had it).
 PARTS: Mapping[str, tuple[str, ...]] = {
     "float": ("weight",),
@@ -56,6 +61,7 @@ class LinearWeights:
             raise InvalidInputError(
                 f"{self.name}: {self.format} needs {expected}, got {', '.join(self.parts)}"
             )
+        check_sum_inputs(self.name, self.format, self.in_features)
         for suffix, part in self.parts.items():
             allowed = _DTYPES[self.format][suffix]
             if part.dtype not in allowed:
@@ -115,6 +121,20 @@ class LinearWeights:
         )
         w = (q * scale - zero).view(self.out_features, -1)[:, : self.in_features]
         return (w * row_scale).contiguous()
+
+
+def is_summed_in_int32(format_name: str) -> bool:
+    """Whether rows of this format (of a shard or pack) are summed in int32 from end to end."""
+    return format_name.startswith("int")
+
+
+def check_sum_inputs(what: object, format_name: str, inputs: int) -> None:
+    """Raises InvalidInputError for more inputs than an int32 sum holds."""
+    if inputs > MAX_SUM_INPUTS and is_summed_in_int32(format_name):
+        raise InvalidInputError(
+            f"{what}: {inputs} inputs in {format_name}, whose int32 sums hold at most {MAX_SUM_INPUTS};"
+            " use bf16"
+        )
 
 
 def stack(matrices: list[LinearWeights]) -> LinearWeights:

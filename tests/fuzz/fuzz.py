@@ -1,6 +1,6 @@
 """Mutation fuzzer for the file parsers.
 
-python -m tests.fuzz.fuzz gguf --seconds 60       (from the repository's root; the others: targets.py)
+python -m tests.fuzz.fuzz gguf --seconds 60       (from the repository's root; or another target, or --runs)
 
 Every input must be read or refused with an InvalidInputError, within SLOW_SECONDS and without taking memory
 that the file does not justify. Anything else is a finding: it is printed, kept in --save, and the exit status
@@ -56,9 +56,10 @@ def fuzz(
     seconds: float,
     seed: int,
     corpus: Path | None = None,
+    runs: int | None = None,
     words: Sequence[bytes] = (),
 ) -> Outcome:
-    """Runs for `seconds`; the same seed tries the same inputs in the same order."""
+    """Runs for `seconds` or for `runs` inputs; the same seed tries the same ones in the same order."""
     rng = random.Random(seed)
     (folder / "seeds").mkdir()
     seeds = target.seeds(folder / "seeds")
@@ -68,7 +69,7 @@ def fuzz(
     for data in [*kept, *dict.fromkeys(seeds)]:
         try_one(target, folder, data, outcome)
     pool = seeds + kept
-    while time.monotonic() < end:
+    while outcome.runs < runs if runs else time.monotonic() < end:
         known = len(outcome.grown)
         data = mutated(rng, pool, words)
         try_one(target, folder, data, outcome)
@@ -106,6 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=sorted(TARGETS))
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--runs", type=int, default=None, help="so many inputs instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, default=None, help="folder for findings")
     parser.add_argument("--grow", type=Path, default=None, help="folder for inputs that met new refusals")
@@ -118,6 +120,7 @@ def main() -> int:
             options.seconds,
             options.seed,
             CORPUS / options.target,
+            options.runs,
             dictionary.words(options.target),
         )
     print(

@@ -1,8 +1,6 @@
 """What is fuzzed: seeds, and a function that reads a file as far as the program ever would."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +18,10 @@ from kttools_runtime.tokenizer import Tokenizer
 from tests.checkpoint import test_fp8, test_gguf_hostile, test_gguf_sentencepiece
 from tests.checkpoint.gguf_forge import Image, Tensor, deepseek2
 from tests.forge import config, hub_tensors, save, save_sharded
+from tests.fuzz.bundle_targets import BUNDLE_TARGETS
+from tests.fuzz.target import Target
 
 READ_BYTES = 64 << 20  # sound files of the corpus are far smaller; a larger tensor is a lie that went through
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """seeds(folder): files to start from. run(file): raises InvalidInputError or its kin, or returns."""
-
-    suffix: str
-    seeds: Callable[[Path], list[bytes]]
-    run: Callable[[Path], None]
 
 
 def gguf_seeds(_: Path) -> list[bytes]:
@@ -133,4 +124,5 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target(".safetensors", safetensors_seeds, run_safetensors),
     "index": Target(".safetensors.index.json", index_seeds, run_index),
     "config": Target(".json", config_seeds, run_config),
+    **BUNDLE_TARGETS,
 }

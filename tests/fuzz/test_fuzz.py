@@ -13,7 +13,7 @@ from tests.fuzz.targets import TARGETS, Target
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_finding(tmp_path: Path, name: str) -> None:
-    outcome = fuzz(TARGETS[name], tmp_path, 1.5, 1, CORPUS / name, words(name))
+    outcome = fuzz(TARGETS[name], tmp_path, 1.5, 1, CORPUS / name, None, words(name))
     assert not outcome.findings, outcome.findings[0][1]
     assert outcome.accepted > 0
     assert outcome.refused > 0
@@ -40,7 +40,7 @@ def test_a_refusal_in_new_words_becomes_a_seed(tmp_path: Path) -> None:
                 raise InvalidInputError(f"{file}: the {name} mark is missing at {at}")
         raise ZeroDivisionError("reached")
 
-    outcome = fuzz(Target(".bin", lambda _: [bytes(12)], run), tmp_path, 20.0, 3, None, [b"\xf7\x11"])
+    outcome = fuzz(Target(".bin", lambda _: [bytes(12)], run), tmp_path, 20.0, 3, None, None, [b"\xf7\x11"])
     assert "reached" in outcome.findings[0][1]
 
 

@@ -143,7 +143,8 @@ def test_special_tokens_may_be_objects(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", b"{", "not a tokenizer this version can run"),
+        ("tokenizer.json", b"{", "not valid JSON"),
+        ("tokenizer.json", b'{"model": 1, "model": 2}', "duplicate key 'model'"),
         ("tokenizer.json", b"{}", "not a tokenizer this version can run"),
         ("tokenizer.json", b"\xff\xfe", "not UTF-8 at byte 0"),
         ("tokenizer_config.json", b"[]", "expected a JSON object, got list"),

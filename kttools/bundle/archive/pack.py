@@ -92,8 +92,10 @@ class Packer:
         with hold_directory(staging):
             _clear(staging)
             self._check_space()
-            paths = self._write(staging, before, on_bytes or _ignore)
-            shutil.rmtree(staging, ignore_errors=True)
+            try:
+                paths = self._write(staging, before, on_bytes or _ignore)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
         total = sum(path.stat().st_size for path in paths)
         return Packed(paths, self.total_bytes, total, self.layout.num_frames)
 

@@ -23,8 +23,8 @@ from .sink import FileSink, Verdict, Window
 from .staging import StagedFile, Staging
 
 MAX_FILES_AT_ONCE = 4
-# A frame of zeros takes fewer bytes than this; it takes no space where there are holes.
-HOLE_FRAME_BYTES = 1024
+# What shrinks so much is zeros, which take no space where there are holes.
+HOLE_RATIO = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Unpacker:
         layout = self.archive.layout
         frames = (layout.frame(number) for number in layout.frames_of(index))
         packed = self.archive.packed_bytes
-        return sum(f.bytes for f in frames if f.is_data and packed(f.number) >= HOLE_FRAME_BYTES)
+        return sum(f.bytes for f in frames if f.is_data and packed(f.number) * HOLE_RATIO >= f.bytes)
 
     def _take(self, on_bytes: Callable[[int], object]) -> None:
         """All frames of the chosen members, with a bounded number of them in memory."""
