@@ -1,4 +1,4 @@
-// Python sees the engine through this file and step_bindings.cpp alone. Every array is checked here (arrays.h): dtype,
+// Python sees the engine through this file, step_bindings.cpp and hybrid_bindings.cpp alone. Every array is checked here (arrays.h): dtype,
 // shape, contiguity, range.
 #include <pybind11/stl.h>
 
@@ -10,6 +10,7 @@
 #include "cpu_features.h"
 #include "dequantize_bindings.h"
 #include "dispatch.h"
+#include "hybrid_bindings.h"
 #include "linear.h"
 #include "moe.h"
 #include "step_bindings.h"
@@ -337,4 +338,5 @@ PYBIND11_MODULE(_kernels, m) {
       .def("forward", &linear_forward, py::arg("x"), py::arg("out"));
   bind_dequantize(m);
   bind_steps(m);
+  bind_hybrid(m);
 }

@@ -199,6 +199,7 @@ def _notes(
     help="Timed runs per test.",
 )  # fmt: skip
 @options.isa_option
+@options.device_options
 @options.overcommit_option
 @click.option("--llama-bench", metavar="PATH", help="llama.cpp's llama-bench, run in alternation on --gguf.")
 @click.option("--gguf", "ggufs", multiple=True, metavar="FILE", help="A model for it; may be repeated.")
@@ -236,6 +237,7 @@ def _model(bundle: Path, given: dict[str, Any]) -> None:
         threads=given["cpu_infer"],
         isa=given["isa"],
         check_memory=not given["overcommit"],
+        **options.device_arguments(given),
         on_plan=lambda plan: options.notice(plan.line()),
     )
     records = run(bundle, tests, given["repeat"], peers, opened, options.notice)

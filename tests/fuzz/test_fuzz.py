@@ -40,7 +40,7 @@ def test_a_refusal_in_new_words_becomes_a_seed(tmp_path: Path) -> None:
                 raise InvalidInputError(f"{file}: the {name} mark is missing at {at}")
         raise ZeroDivisionError("reached")
 
-    outcome = fuzz(Target(".bin", lambda _: [bytes(12)], run), tmp_path, 20.0, 3, None, None, [b"\xf7\x11"])
+    outcome = fuzz(Target(".bin", lambda _: [bytes(12)], run), tmp_path, 60.0, 3, None, 3000, [b"\xf7\x11"])
     assert "reached" in outcome.findings[0][1]
 
 
