@@ -81,8 +81,10 @@ class Engine {
   const KernelTable& kernels() const { return kernels_; }
   ThreadPool& pool() { return pool_; }
   GemmScratch& gemm_scratch(int worker) { return gemm_[static_cast<size_t>(worker)]; }
-  std::mutex& busy() { return busy_; }          // one forward at a time uses the scratch
-  std::mutex& stepping() { return stepping_; }  // and one decode step; taken before busy()
+  // One forward at a time uses the scratch, and one decode step, whose lock is taken before busy(). Both throw
+  // std::runtime_error in a forked process, where a thread that is not there may hold them.
+  std::mutex& busy() { return pool_.check_process(), busy_; }
+  std::mutex& stepping() { return pool_.check_process(), stepping_; }
 
   // Workers worth waking for this many bytes of weights or arithmetic of that size.
   int workers_for(size_t weight_bytes, int rows) const;

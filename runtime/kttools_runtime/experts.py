@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from . import _kernels, env
-from .errors import HardwareError, InvalidInputError, UsageError
+from .errors import EngineError, HardwareError, InvalidInputError, ResourceError, UsageError
 from .numa import engine_mode
 from .weights import check_sum_inputs
 
@@ -76,7 +76,8 @@ class ExpertLayer:
 
         x: [T, hidden_size] bf16 or f32; expert_ids: [T, k] int64, -1 = none (x rows and weights of -1 are
         never read); expert_weights: [T, k] f32. Returns [T, hidden_size] f32 (in `out` when given).
-        Raises InvalidInputError for ids out of range or wrong shapes and dtypes.
+        Raises InvalidInputError for ids out of range or wrong shapes and dtypes, EngineError in a forked
+        process.
         """
         if out is None:
             out = torch.empty((x.shape[0], self.hidden_size), dtype=torch.float32)
@@ -84,6 +85,8 @@ class ExpertLayer:
             self.native.forward(as_numpy(x), as_numpy(expert_ids), as_numpy(expert_weights), out.numpy())
         except ValueError as error:
             raise InvalidInputError(f"expert layer: {error}") from None
+        except RuntimeError as error:
+            raise EngineError(f"expert layer: {error}") from None
         return out
 
 
@@ -93,7 +96,8 @@ class ExpertEngine:
     threads: workers, the caller included; None: KTTOOLS_CPU_INFER or every CPU of this process.
     isa: name of a kernel table; None: KTTOOLS_ISA or the best. numa: "shard" (each memory node's workers take
     their strips of every expert), "replicate" (each node has a copy), "off", or "auto": shard where there are
-    several nodes. simulated_nodes: pretend so many. Raises HardwareError, listing what runs here.
+    several nodes. simulated_nodes: pretend so many. Raises HardwareError, listing what runs here, and
+    ResourceError if the system does not start that many threads. A forked process must make its own.
     """
 
     def __init__(
@@ -111,6 +115,8 @@ class ExpertEngine:
             self.native = _kernels.Engine(threads, isa or env.forced_isa(), mode, simulated_nodes)
         except ValueError as error:
             raise HardwareError(str(error)) from None
+        except RuntimeError as error:
+            raise ResourceError(str(error)) from None
 
     @property
     def threads(self) -> int:
