@@ -156,12 +156,9 @@ RULES = [
         allowed_in=(
             "csrc/arrays.h",
             "csrc/bindings.cpp",
-        allowed_in=(
-            "csrc/step_bindings.cpp",
             "csrc/dequantize_bindings.cpp",
-            "csrc/dequantize_bindings.h",
             "csrc/hybrid_bindings.cpp",
-        ),
+            "csrc/step_bindings.cpp",
         ),
     ),
     Rule(
