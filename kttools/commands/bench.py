@@ -78,8 +78,8 @@ def command() -> None:
     help="Experts per token.",
 )
 @click.option(
-    "--format", "expert_format", default="int8", show_default=True, metavar="int8|int4|bf16",
-    help="Format of the experts; int4_g32, int4_g64 and int4_g128 choose the group.",
+    "--format", "expert_format", default="int8", show_default=True, metavar="int8|int4|bf16|q4_k",
+    help="Format of the experts; int4_g32, int4_g64 and int4_g128 choose the group, q4_k_q6_k what down has.",
 )  # fmt: skip
 @click.option(
     "--tokens", type=Counts(1), default=DEFAULT_TOKENS, show_default=True, metavar="N,N,...",

@@ -22,7 +22,10 @@ class _IsaRow(TypedDict):
     missing: list[str]
 
 FORMATS: dict[str, int]
-"""Pack format names and ids."""
+"""Names and ids of the pack formats that weights can be quantised to."""
+
+BLOCK_FORMATS: dict[str, int]
+"""Names and ids of the pack formats that hold ggml's blocks; q4_k_q6_k: q6_k for down."""
 
 def cpu_features() -> dict[str, bool]:
     """Every feature a kernel table may ask for, and whether it can be used here."""
@@ -46,6 +49,19 @@ def unpack_expert(
     format: str, blob: _U8, hidden_size: int, moe_intermediate_size: int
 ) -> tuple[_F32, _F32, _F32]:
     """gate, up [I, H], down [H, I]: the weights that a blob stands for."""
+
+def pack_ggml_expert(
+    format: str, hidden_size: int, moe_intermediate_size: int, gate: _U8, up: _U8, down: _U8, out: _U8
+) -> None:
+    """Rows of ggml blocks (gate, up: I rows of H; down: H of I) into out [expert_bytes], bit for bit.
+
+    A scale that is NaN or inf is refused, naming the place.
+    """
+
+def unpack_ggml_expert(
+    format: str, hidden_size: int, moe_intermediate_size: int, blob: _U8
+) -> tuple[_U8, _U8, _U8]:
+    """The bytes of gate, up and down that pack_ggml_expert was given."""
 
 GGML_TYPES: dict[str, tuple[int, int]]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .mempolicy import interleaved
 from .weights import LinearWeights, WeightSource, stack
 
 
@@ -145,7 +146,12 @@ class Placement:
 
 
 def _pack(matrix: LinearWeights, pool: Any) -> Any:
-    """The kernels' own copy of a matrix; the stored one is released by the caller."""
+    """The kernels' own copy of a matrix, over all memory nodes; the stored one is released by the caller."""
+    with interleaved(pool.nodes):
+        return _packed(matrix, pool)
+
+
+def _packed(matrix: LinearWeights, pool: Any) -> Any:
     from ._kernels import PackedLinear
 
     parts = {suffix: part.contiguous() for suffix, part in matrix.parts.items()}

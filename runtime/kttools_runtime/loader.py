@@ -18,6 +18,7 @@ from .load_plan import LoadPlan, LoadRequest, make_load_plan
 from .manifest import Manifest, load_manifest
 from .model import DEFAULT_CACHE_LEN, Model, build_model
 from .moe import RoutedExperts
+from .pack_match import check_pack
 from .shards import ShardWeights
 from .weights import WeightSource
 
@@ -143,6 +144,7 @@ def expert_source(
         # int8 and int4 kernels quantise their input themselves: rounding it to bf16 first would only lose
         # bits. bf16 experts among them need it for the matrix unit.
         is_bf16 = "bf16" in manifest.expert_file(layer).names
+        check_pack(manifest, layer)
         mapped = engine.layer_from_pack(manifest.expert_path(layer))
         configure_experts(mapped, manifest.model, shards, layer)
         return RoutedExperts(mapped, dtype if is_bf16 else torch.float32)
