@@ -213,7 +213,9 @@ def _is_torch_memory(error: BaseException) -> bool:
 
 
 def _one_line(message: str) -> str:
-    return "; ".join(line.strip() for line in message.splitlines() if line.strip())
+    """Nothing in it moves a terminal's cursor, whatever name of a stranger it quotes."""
+    text = "; ".join(line.strip() for line in message.splitlines() if line.strip())
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _env_flag(name: str) -> bool:
