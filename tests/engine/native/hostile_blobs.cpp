@@ -16,6 +16,7 @@
 #include "dispatch.h"
 #include "layout.h"
 #include "moe.h"
+#include "quantize.h"
 
 namespace {
 
