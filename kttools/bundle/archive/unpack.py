@@ -1,7 +1,7 @@
 """Archive files into a bundle: frames decoded by all threads, every byte hashed before anything has its name.
 
-A frame's way: read, decoded, held against the index, written to its place in a hidden folder; then hashed
-in the order of its file by whichever thread completes the order. When the hash of every file is the
+A frame's way: read, decoded, held against the index; then, in the order of its file and by whichever thread
+completes the order, written to a file in a hidden folder and hashed. When the hash of every file is the
 manifest's, all are flushed and the folder is renamed. A rerun takes a frame from the folder instead where it
 is already there, after the same check.
 """
@@ -168,7 +168,7 @@ class Unpacker:
             with self._counts_lock:
                 self._kept += is_kept
                 self._decoded += not is_kept
-            sink.deliver(frame, data)
+            sink.deliver(frame, data, is_kept)
         except BaseException as error:
             window.fail(error)
 
@@ -178,10 +178,7 @@ class Unpacker:
             data = file.read(frame.offset, frame.bytes)
             if self.archive.is_content(frame, data):
                 return data, True
-        data = self.archive.read(frame)
-        if frame.is_data:
-            file.write(frame.offset, data)
-        return data, False
+        return self.archive.read(frame), False
 
 
 def _ignore(_: int) -> None:
