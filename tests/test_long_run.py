@@ -34,10 +34,10 @@ def test_the_fit_sees_a_leak_and_no_leak() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "bound_bytes"), [("engine", 6000, 2 << 20), ("chat", 4000, 12 << 20)]
+    ("name", "steps", "bound_bytes"), [("engine", 6000, 2 << 20), ("chat", 4000, 24 << 20)]
 )
 def test_memory_stays_put(nano_bundle: Path, tmp_path: Path, name: str, steps: int, bound_bytes: int) -> None:
-    """Without bounds on torch's generated kernels a chat grows by 11 MiB in 1000 tokens, 34 MiB here."""
+    """Without bounds on torch's generated kernels a chat grows by 11 MiB in 1000 tokens, 45 MiB here."""
     line = [sys.executable, "-m", "benchmarks.long_run", str(nano_bundle), "--only", name]
     more = ["--steps", str(steps), "--samples", "80", "--bound", str(bound_bytes)]
     done = subprocess.run(
