@@ -22,7 +22,9 @@ from kttools.bundle.archive.frames import decode_frame, encode_frame, store_fram
 from kttools.bundle.archive.layout import FRAME_BYTES, Layout, Member, tar_header
 from kttools.bundle.archive.staging import filled_runs
 from kttools.bundle.lock import hold_directory
+from kttools_runtime import strict_json
 from kttools_runtime.errors import CorruptFileError, KTError, ResourceError, UsageError
+from kttools_runtime.manifest import self_sha256
 from tests.bundle.archive.archive_forge import of_bundle, tar_frames
 from tests.bundle.archive.conftest import BLOB
 
@@ -135,6 +137,25 @@ def test_tar_headers_of_large_files_and_long_names() -> None:
         assert frame.bytes == len(expected[frame.number])
         if not frame.is_data:
             assert layout.framing(frame.member) == expected[frame.number]
+
+
+def test_a_signed_bundle_is_held_against_sha256(sound_bundle: Path, tmp_path: Path) -> None:
+    """A manifest whose XXH3 is right and whose SHA-256 is not: what a forger of files could make."""
+    root = shutil.copytree(sound_bundle, tmp_path / "bundle")
+    document = strict_json.read_object(root / "bundle.json")
+    document["files"][-1]["sha256"] = "a" * 64
+    document["manifest_sha256"] = self_sha256(document)
+    (root / "bundle.json").write_bytes(strict_json.canonical(document))
+    Packer(root, tmp_path / "a.ktz").run()
+    unpack([tmp_path / "a.ktz"], tmp_path / "unasked")
+    with pytest.raises(CorruptFileError, match="expected sha256 aaaa"):
+        unpack([tmp_path / "a.ktz"], tmp_path / "asked", is_exchange=True)
+    (root / "bundle.json.sig").write_bytes(b"signed")
+    Packer(root, tmp_path / "b.ktz").run()
+    with pytest.raises(CorruptFileError, match="expected sha256 aaaa"):
+        unpack([tmp_path / "b.ktz"], tmp_path / "signed")
+    assert not (tmp_path / "asked").exists()
+    assert not (tmp_path / "signed").exists()
 
 
 def test_parts(split: list[Path], large_bundle: Path, tmp_path: Path) -> None:
