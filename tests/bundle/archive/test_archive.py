@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import zstandard
 
 from kttools import cli
-from kttools.bundle.archive import Archive, Packer, Unpacked, Unpacker, staging
+from kttools.bundle.archive import Archive, Packer, Unpacked, Unpacker, index, staging
 from kttools.bundle.archive.frames import decode_frame, encode_frame, store_frame
 from kttools.bundle.archive.layout import FRAME_BYTES, Layout, Member, tar_header
 from kttools.bundle.archive.staging import filled_runs
@@ -425,3 +426,18 @@ def test_commands(large_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert run("unpack", parts[0], "-o", tmp_path / "x", "--layers", "7")[0] == 2
     assert run("pack", large_bundle, "-o", tmp_path / "b.ktz", "--split-size", "many")[0] == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_the_document_tells_the_offsets(repo: Path) -> None:
+    """The table of docs/archive.md against the struct of the code: types, offsets, constants."""
+    text = (repo / "docs/archive.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (u32|u64|8s|32s) \| (\w+) \|", text, re.MULTILINE)
+    letters = {"u32": "I", "u64": "Q", "8s": "8s", "32s": "32s"}
+    assert "<" + "".join(letters[kind] for _, kind, _ in rows) == "<II" + index.HEADER.format[1:]
+    sizes = [struct.calcsize("<" + letters[kind]) for _, kind, _ in rows]
+    assert [int(offset) for offset, _, _ in rows] == [sum(sizes[:at]) for at in range(len(sizes))]
+    for value in (index.INDEX_FRAME_MAGIC, index.SEEK_FRAME_MAGIC, index.SEEK_MAGIC):
+        assert f"0x{value:X}" in text
+    for number in (FRAME_BYTES, index.MAX_FRAMES, index.MAX_MEMBERS, index.MAX_PARTS):
+        assert str(number) in text
+    assert f"`{index.MAGIC.decode()}`" in text
