@@ -16,7 +16,13 @@ from setuptools.command.build_ext import build_ext
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
-ISA_FLAGS = {"kernels_avx2": AVX2, "kernels_avx512": AVX512, "kernels_amx": AMX}
+ISA_FLAGS = {
+    "kernels_avx2": AVX2,
+    "kernels_avx512": AVX512,
+    "kernels_amx": AMX,
+    "blocks_avx2": AVX2,
+    "blocks_avx512": AVX512,
+}
 # Contraction where no bytes must be the same everywhere: norms, attention and routers of a decode step.
 FILE_FLAGS = {**ISA_FLAGS, "row_math": ["-ffp-contract=fast"]}
 

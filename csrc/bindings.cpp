@@ -1,4 +1,4 @@
-// Python sees the engine through this file and step_bindings.cpp alone. Every array is checked here (arrays.h): dtype,
+// Python sees the engine through this file, step_bindings.cpp and hybrid_bindings.cpp alone. Every array is checked here (arrays.h): dtype,
 // shape, contiguity, range.
 #include <pybind11/stl.h>
 
@@ -6,10 +6,12 @@
 #include <string>
 
 #include "arrays.h"
+#include "block_pack.h"
 #include "ceilings.h"
 #include "cpu_features.h"
 #include "dequantize_bindings.h"
 #include "dispatch.h"
+#include "hybrid_bindings.h"
 #include "linear.h"
 #include "moe.h"
 #include "step_bindings.h"
@@ -66,7 +68,7 @@ std::vector<std::string> available_isas() {
 }
 
 size_t expert_bytes(const std::string& format, int hidden_size, int moe_intermediate_size) {
-  return ExpertShape(format_by_name(format).format, hidden_size, moe_intermediate_size).blob_bytes();
+  return ExpertShape(expert_format_by_name(format), hidden_size, moe_intermediate_size).blob_bytes();
 }
 
 void pack_expert_py(const std::string& format, const py::array& gate, const py::array& up, const py::array& down,
@@ -84,7 +86,7 @@ void pack_expert_py(const std::string& format, const py::array& gate, const py::
 
 py::tuple unpack_expert_py(const std::string& format, const py::array& blob, int hidden_size,
                            int moe_intermediate_size) {
-  const Format id = format_by_name(format).format;
+  const ExpertFormat id = expert_format_by_name(format);
   const ExpertShape shape(id, hidden_size, moe_intermediate_size);
   const uint8_t* data = read<uint8_t>(blob, "blob", {static_cast<py::ssize_t>(shape.blob_bytes())});
   py::array_t<float> gate({moe_intermediate_size, hidden_size}), up({moe_intermediate_size, hidden_size}),
@@ -93,6 +95,43 @@ py::tuple unpack_expert_py(const std::string& format, const py::array& blob, int
   {
     py::gil_scoped_release release;
     unpack_expert(id, data, hidden_size, moe_intermediate_size, g, u, d);
+  }
+  return py::make_tuple(gate, up, down);
+}
+
+ExpertFormat block_format(const std::string& name) {
+  const ExpertFormat format = expert_format_by_name(name);
+  if (!format_info(format.gate_up).is_block()) fail(name + " is no block format");
+  return format;
+}
+
+size_t ggml_bytes(Format format, int rows, int k) {
+  return static_cast<size_t>(rows) * ggml_row_bytes(format_info(format), k);
+}
+
+void pack_ggml_py(const std::string& format, int hidden_size, int moe_intermediate_size, const py::array& gate,
+                  const py::array& up, const py::array& down, py::array out) {
+  const ExpertFormat id = block_format(format);
+  const ExpertShape shape(id, hidden_size, moe_intermediate_size);  // checks the sizes
+  const auto in = static_cast<py::ssize_t>(ggml_bytes(id.gate_up, moe_intermediate_size, hidden_size));
+  const auto back = static_cast<py::ssize_t>(ggml_bytes(id.down, hidden_size, moe_intermediate_size));
+  const uint8_t *g = read<uint8_t>(gate, "gate", {in}), *u = read<uint8_t>(up, "up", {in});
+  const uint8_t* d = read<uint8_t>(down, "down", {back});
+  uint8_t* blob = write<uint8_t>(out, "out", {static_cast<py::ssize_t>(shape.blob_bytes())});
+  py::gil_scoped_release release;
+  pack_ggml_expert(id, hidden_size, moe_intermediate_size, g, u, d, blob);
+}
+
+py::tuple unpack_ggml_py(const std::string& format, int hidden_size, int moe_intermediate_size, const py::array& blob) {
+  const ExpertFormat id = block_format(format);
+  const ExpertShape shape(id, hidden_size, moe_intermediate_size);
+  const uint8_t* data = read<uint8_t>(blob, "blob", {static_cast<py::ssize_t>(shape.blob_bytes())});
+  const size_t in = ggml_bytes(id.gate_up, moe_intermediate_size, hidden_size);
+  py::array_t<uint8_t> gate(in), up(in), down(ggml_bytes(id.down, hidden_size, moe_intermediate_size));
+  uint8_t *g = gate.mutable_data(), *u = up.mutable_data(), *d = down.mutable_data();
+  {
+    py::gil_scoped_release release;
+    unpack_ggml_expert(id, hidden_size, moe_intermediate_size, data, g, u, d);
   }
   return py::make_tuple(gate, up, down);
 }
@@ -204,7 +243,7 @@ std::unique_ptr<LayerOverBlobs> make_layer(std::shared_ptr<Engine> engine, int h
   if (names.size() != blobs.size()) fail("formats and blobs differ in length");
   std::vector<ExpertBlob> experts;
   for (size_t e = 0; e < blobs.size(); ++e) {
-    const Format id = format_by_name(names[e]).format;
+    const ExpertFormat id = expert_format_by_name(names[e]);
     const auto bytes = static_cast<py::ssize_t>(ExpertShape(id, hidden_size, moe_intermediate_size).blob_bytes());
     experts.push_back({id, read<uint8_t>(blobs[e], "blob", {bytes})});
   }
@@ -292,12 +331,19 @@ PYBIND11_MODULE(_kernels, m) {
   py::dict format_ids;
   for (const FormatInfo& info : formats()) format_ids[info.name] = static_cast<uint32_t>(info.format);
   m.attr("FORMATS") = format_ids;
+  py::dict block_ids;
+  for (const ExpertFormat& format : block_expert_formats()) block_ids[format.name().c_str()] = format.id();
+  m.attr("BLOCK_FORMATS") = block_ids;
   m.def("numa_nodes", &numa_nodes);
   m.def("expert_bytes", &expert_bytes, py::arg("format"), py::arg("hidden_size"), py::arg("moe_intermediate_size"));
   m.def("pack_expert", &pack_expert_py, py::arg("format"), py::arg("gate"), py::arg("up"), py::arg("down"),
         py::arg("out"));
   m.def("unpack_expert", &unpack_expert_py, py::arg("format"), py::arg("blob"), py::arg("hidden_size"),
         py::arg("moe_intermediate_size"));
+  m.def("pack_ggml_expert", &pack_ggml_py, py::arg("format"), py::arg("hidden_size"), py::arg("moe_intermediate_size"),
+        py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("out"));
+  m.def("unpack_ggml_expert", &unpack_ggml_py, py::arg("format"), py::arg("hidden_size"),
+        py::arg("moe_intermediate_size"), py::arg("blob"));
   m.def("quantize_int8", &quantize_int8_py, py::arg("w"));
   m.def("quantize_int4", &quantize_int4_py, py::arg("w"), py::arg("group_size"));
   m.def("dequantize_int4", &dequantize_int4_py, py::arg("q"), py::arg("group_scale"), py::arg("group_zero"),
@@ -337,4 +383,5 @@ PYBIND11_MODULE(_kernels, m) {
       .def("forward", &linear_forward, py::arg("x"), py::arg("out"));
   bind_dequantize(m);
   bind_steps(m);
+  bind_hybrid(m);
 }

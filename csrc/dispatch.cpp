@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 
+#include "blocks.h"
 #include "cpu_features.h"
 
 namespace kt {
@@ -24,13 +25,22 @@ KernelTable with_tiles(const KernelTable& base, const KernelTable& tiles) {
 }
 #endif
 
+KernelTable with_blocks(const KernelTable& base, const BlockTable& blocks) {
+  KernelTable merged = base;
+  merged.blocks = &blocks;
+  return merged;
+}
+
 std::vector<IsaStatus> detect_tables() {
   std::vector<const KernelTable*> tables;
 #if defined(__x86_64__)
-  static const KernelTable amx = with_tiles(kAvx512Table, kAmxTable);
-  tables = {&amx, &kAvx512Table, &kAvx2Table};
+  static const KernelTable avx2 = with_blocks(kAvx2Table, kAvx2Blocks);
+  static const KernelTable avx512 = with_blocks(kAvx512Table, kAvx512Blocks);
+  static const KernelTable amx = with_tiles(avx512, kAmxTable);
+  tables = {&amx, &avx512, &avx2};
 #endif
-  tables.push_back(&kScalarTable);
+  static const KernelTable scalar = with_blocks(kScalarTable, kScalarBlocks);
+  tables.push_back(&scalar);
   std::vector<IsaStatus> status;
   for (const KernelTable* table : tables) {
     status.push_back({table, missing_features(table->required, cpu_features())});

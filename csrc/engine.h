@@ -52,11 +52,12 @@ class StripCounter {
 
 // Rows of activations in the forms the kernels want, one entry per token.
 struct RowStage {
-  Buffer int8;   // [rows][int8_stride]
-  Buffer scale;  // [rows] float
-  Buffer sum;    // [rows] int32
-  Buffer bf16;   // [rows][wide_stride] uint16
-  Buffer f32;    // [rows][wide_stride] float
+  Buffer int8;    // [rows][int8_stride]
+  Buffer scale;   // [rows] float
+  Buffer sum;     // [rows] int32
+  Buffer bf16;    // [rows][wide_stride] uint16
+  Buffer f32;     // [rows][wide_stride] float
+  Buffer blocks;  // [rows][blocks_stride]
 };
 
 // Memory of one decode step (step.h), shared by all layers so that it stays in the cache.

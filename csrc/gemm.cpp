@@ -22,8 +22,13 @@ constexpr int kBlockSteps = 8, kWideBlockSteps = 16;
 constexpr int kNearTiles = 4;
 
 bool is_int4(const Weights& weights) { return weights.shape.info->k_group != 0; }
+bool is_expanded(const Weights& weights) { return weights.shape.info->is_expanded(); }
 
 size_t steps_offset(const StripShape& shape, int step) {
+  if (shape.info->is_block()) {
+    const int steps = block_inputs(shape.info->block_kind) / shape.info->k_per_step;
+    return static_cast<size_t>(step / steps) * static_cast<size_t>(block_bytes(shape.info->block_kind));
+  }
   const int group = shape.info->k_group;
   if (group == 0) return static_cast<size_t>(step) * kStripStepBytes;
   return static_cast<size_t>(step / int4_block_steps(group)) * int4_block_bytes(group);
@@ -38,7 +43,9 @@ void vector_strip(const KernelTable& kernels, Arithmetic arithmetic, const Weigh
   VecArgs args = {
       a.data, a.row_stride, a.sum, a.rows, weights.strip(strip), weights.shape.k_steps(), weights.shape.info->k_group,
       c,      false};
-  if (arithmetic == Arithmetic::kFloat) {
+  if (arithmetic == Arithmetic::kBlocks) {
+    kernels.blocks->vec(weights.shape.info->block_kind, args);
+  } else if (arithmetic == Arithmetic::kFloat) {
     kernels.vec_bf16(args);
   } else if (is_int4(weights)) {
     kernels.vec_s4(args);
@@ -47,12 +54,17 @@ void vector_strip(const KernelTable& kernels, Arithmetic arithmetic, const Weigh
   }
 }
 
-// The weights of k-steps [step, step + steps) of a strip as int8 or bf16 tiles: in place, or expanded from int4.
+// The weights of k-steps [step, step + steps) of a strip as int8 or bf16 tiles: in place, or expanded.
 const uint8_t* tile_weights(const KernelTable& kernels, const Weights& weights, int strip, int step, int steps,
                             GemmScratch& scratch) {
   const uint8_t* at = weights.strip(strip) + steps_offset(weights.shape, step);
-  if (!is_int4(weights)) return at;
-  kernels.unpack_s4(at, steps, weights.shape.info->k_group, scratch.expanded.bytes());
+  if (!is_expanded(weights)) return at;
+  if (is_int4(weights)) {
+    kernels.unpack_s4(at, steps, weights.shape.info->k_group, scratch.expanded.bytes());
+  } else {
+    kernels.blocks->expand_s8(weights.shape.info->block_kind, at, steps, weights.scales + strip * kStripCols,
+                              scratch.expanded.bytes());
+  }
   return scratch.expanded.bytes();
 }
 
@@ -65,7 +77,7 @@ void strip_by_strip(const KernelTable& kernels, Arithmetic arithmetic, const Wei
   TileArgs args = {};
   args.tiles = tiling.tiles;
   args.tile_rows = tiling.tile_rows;
-  args.from_memory = tiling.tiles <= kNearTiles && !is_int4(weights);
+  args.from_memory = tiling.tiles <= kNearTiles && !is_expanded(weights);
   for (int strip = begin; strip < end; ++strip) {
     args.c = scratch.c.bytes() + (strip - begin) * c_bytes;
     const uint8_t* next_strip = strip + 1 < end ? weights.strip(strip + 1) : next;
@@ -188,11 +200,11 @@ void Tiling::scatter(const uint8_t* const* rows, int first, int count, uint8_t* 
 }
 
 void reserve_gemm_scratch(GemmScratch& scratch, const StripShape& shape, int rows) {
-  const Tiling tiling(rows, shape.k_steps(), shape.info->k_group != 0);
+  const Tiling tiling(rows, shape.k_steps(), shape.info->is_expanded());
   const size_t c_rows = std::max(rows, tiling.padded_rows());
   // A smaller segment takes more strips at a time: room for the most, whatever the rows.
   scratch.c.reserve(std::max(kResultInL2 + kMostStrips * kTileRows * kStripCols * 4, c_rows * kStripCols * 4));
-  if (shape.info->k_group) scratch.expanded.reserve(static_cast<size_t>(shape.k_steps()) * kStripStepBytes);
+  if (shape.info->is_expanded()) scratch.expanded.reserve(static_cast<size_t>(shape.k_steps()) * kStripStepBytes);
 }
 
 int most_strips(int rows) {

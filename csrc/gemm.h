@@ -39,9 +39,10 @@ class Buffer {
 
 // How activations are multiplied with weights of a format.
 enum class Arithmetic {
-  kInt8,   // int8 x int8 (or int4) -> int32
-  kBf16,   // bf16 x bf16 -> float: tiles only
-  kFloat,  // float x bf16 -> float: vector kernels only
+  kInt8,    // int8 x int8 (or int4) -> int32
+  kBf16,    // bf16 x bf16 -> float: tiles only
+  kFloat,   // float x bf16 -> float: vector kernels only
+  kBlocks,  // int8 in blocks x block formats -> float: vector kernels only
 };
 
 // How `rows` rows are cut into tiles of equal height, and K into blocks. Two tiles share their B tiles; the last may be

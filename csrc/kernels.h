@@ -77,6 +77,8 @@ struct EpilogueArgs {
   int cols;           // valid columns of this strip, 1..32
 };
 
+struct BlockTable;  // blocks.h
+
 struct KernelTable {
   const char* name;
   uint64_t required;  // bits of Feature, from the compiler's own macros in that file
@@ -113,6 +115,8 @@ struct KernelTable {
   // kPeakOperandBytes that stay in L1; results go to the kPeakResultBytes behind them. Returns the operations done.
   uint64_t (*peak_s8)(uint8_t* operands, int iterations);
   uint64_t (*peak_bf16)(uint8_t* operands, int iterations);
+
+  const BlockTable* blocks = nullptr;  // set by dispatch.cpp
 };
 
 extern const KernelTable kScalarTable;

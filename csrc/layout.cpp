@@ -27,9 +27,21 @@ const std::vector<FormatInfo>& formats() {
   return table;
 }
 
+const std::vector<FormatInfo>& block_formats() {
+  static const std::vector<FormatInfo> table = {
+      {Format::kQ4K, "q4_k", 64, 0, BlockKind::kQ4K},
+      {Format::kQ5K, "q5_k", 64, 0, BlockKind::kQ5K},
+      {Format::kQ6K, "q6_k", 64, 0, BlockKind::kQ6K},
+      {Format::kQ8_0, "q8_0", 64, 0, BlockKind::kQ8_0},
+  };
+  return table;
+}
+
 const FormatInfo& format_info(Format format) {
-  for (const FormatInfo& info : formats()) {
-    if (info.format == format) return info;
+  for (const std::vector<FormatInfo>* table : {&formats(), &block_formats()}) {
+    for (const FormatInfo& info : *table) {
+      if (info.format == format) return info;
+    }
   }
   throw std::invalid_argument("unknown format id " + std::to_string(static_cast<uint32_t>(format)));
 }
@@ -43,19 +55,51 @@ const FormatInfo& format_by_name(const std::string& name) {
   throw std::invalid_argument("unknown format '" + name + "': expected one of " + valid);
 }
 
+std::string ExpertFormat::name() const {
+  const std::string first = format_info(gate_up).name;
+  return gate_up == down ? first : first + "_" + format_info(down).name;
+}
+
+std::vector<ExpertFormat> block_expert_formats() {
+  std::vector<ExpertFormat> all;
+  for (const FormatInfo& gate_up : block_formats()) {
+    for (const FormatInfo& down : block_formats()) all.emplace_back(gate_up.format, down.format);
+  }
+  return all;
+}
+
+ExpertFormat expert_format_by_name(const std::string& name) {
+  for (const ExpertFormat& format : block_expert_formats()) {
+    if (name == format.name()) return format;
+  }
+  return format_by_name(name).format;
+}
+
 int StripShape::k_padded() const {
+  if (info->is_block()) return static_cast<int>(round_up(k, block_inputs(info->block_kind)));
   const int unit = info->k_group > info->k_per_step ? info->k_group : info->k_per_step;
   return static_cast<int>(round_up(k, unit));
 }
 
 size_t StripShape::strip_bytes() const {
+  if (info->is_block()) {
+    const int inputs = block_inputs(info->block_kind);
+    return static_cast<size_t>(k_padded() / inputs) * static_cast<size_t>(block_bytes(info->block_kind));
+  }
   if (info->k_group == 0) return static_cast<size_t>(k_steps()) * kStripStepBytes;
   return static_cast<size_t>(k_steps() / int4_block_steps(info->k_group)) * int4_block_bytes(info->k_group);
 }
 
-ExpertShape::ExpertShape(Format format, int hidden_size, int moe_intermediate_size)
+ExpertShape::ExpertShape(ExpertFormat format, int hidden_size, int moe_intermediate_size)
     : gate_up{static_cast<int>(2 * round_up(checked_size("moe_intermediate_size", moe_intermediate_size), kTileCols)),
-              checked_size("hidden_size", hidden_size), &format_info(format)},
-      down{hidden_size, moe_intermediate_size, &format_info(format)} {}
+              checked_size("hidden_size", hidden_size), &format_info(format.gate_up)},
+      down{hidden_size, moe_intermediate_size, &format_info(format.down)} {
+  for (const StripShape* shape : {&gate_up, &down}) {
+    const int inputs = shape->info->is_block() ? ggml_block_inputs(shape->info->block_kind) : 1;
+    if (shape->k % inputs == 0) continue;
+    throw std::invalid_argument(std::string(shape->info->name) + " holds blocks of " + std::to_string(inputs) +
+                                " inputs; " + std::to_string(shape->k) + " do not fill them");
+  }
+}
 
 }  // namespace kt

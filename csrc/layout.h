@@ -6,23 +6,57 @@
 #include <string>
 #include <vector>
 
+#include "blocks.h"
 #include "kernels.h"
 
 namespace kt {
 
-enum class Format : uint32_t { kBf16 = 1, kInt8 = 2, kInt4G32 = 3, kInt4G64 = 4, kInt4G128 = 5 };
+enum class Format : uint32_t {
+  kBf16 = 1,
+  kInt8 = 2,
+  kInt4G32 = 3,
+  kInt4G64 = 4,
+  kInt4G128 = 5,
+  kQ4K = 6,
+  kQ5K = 7,
+  kQ6K = 8,
+  kQ8_0 = 9,
+};
 
 struct FormatInfo {
   Format format;
   const char* name;
   int k_per_step;  // input features in one 64-byte k-step of int8 or bf16 activations
   int k_group;     // int4: input features per group; else 0
+  BlockKind block_kind = BlockKind::kNone;
+
+  bool is_block() const { return block_kind != BlockKind::kNone; }
+  // Whether tiles have to be made of the stored weights before they can be multiplied.
+  bool is_expanded() const { return k_group != 0 || is_block(); }
 };
 
-const std::vector<FormatInfo>& formats();
+const std::vector<FormatInfo>& formats();        // what weights can be quantised to
+const std::vector<FormatInfo>& block_formats();  // ggml's blocks, kept as they are
 const FormatInfo& format_info(Format format);
-// Throws std::invalid_argument listing the names.
+// One of formats(). Throws std::invalid_argument listing the names.
 const FormatInfo& format_by_name(const std::string& name);
+
+// The formats of an expert's two multiplications. They differ only among the block formats, as files of llama.cpp mix them.
+struct ExpertFormat {
+  Format gate_up;
+  Format down;
+
+  ExpertFormat(Format both) : gate_up(both), down(both) {}
+  ExpertFormat(Format gate_up_format, Format down_format) : gate_up(gate_up_format), down(down_format) {}
+  uint32_t id() const {  // PACK.md, "Formats"
+    return static_cast<uint32_t>(gate_up) | (gate_up == down ? 0 : static_cast<uint32_t>(down) << 8);
+  }
+  std::string name() const;
+};
+
+std::vector<ExpertFormat> block_expert_formats();
+// Any of formats() or block_expert_formats(). Throws std::invalid_argument.
+ExpertFormat expert_format_by_name(const std::string& name);
 
 constexpr size_t round_up(size_t value, size_t to) { return (value + to - 1) / to * to; }
 
@@ -37,7 +71,7 @@ struct StripShape {
   int k_steps() const { return k_padded() / info->k_per_step; }
   size_t strip_bytes() const;
   size_t bytes() const { return strips() * strip_bytes(); }
-  bool has_scales() const { return info->format != Format::kBf16; }
+  bool has_scales() const { return info->format != Format::kBf16; }  // one per row
 };
 
 // Sections of an expert blob, in file order. gate_up: a strip holds 16 gate rows and the 16 up rows of the same
@@ -46,7 +80,7 @@ struct ExpertShape {
   StripShape gate_up;
   StripShape down;
 
-  ExpertShape(Format format, int hidden_size, int moe_intermediate_size);
+  ExpertShape(ExpertFormat format, int hidden_size, int moe_intermediate_size);
   size_t down_offset() const { return gate_up.bytes(); }
   size_t gate_up_scales_offset() const { return down_offset() + down.bytes(); }
   size_t down_scales_offset() const { return gate_up_scales_offset() + scales_bytes(gate_up); }

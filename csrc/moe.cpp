@@ -248,8 +248,8 @@ ExpertLayer::Plan ExpertLayer::make_plan(const Input& x, const Routing& routing)
       s.arithmetic = arithmetic_for(kernels, info, x.is_bf16, s.rows);
       s.tiled = uses_tiles(kernels, s.arithmetic, s.rows);
       s.gathered = s.tiled || s.rows > 2;  // two rows are two tokens at some distance: a stride
-      s.gate_up_tiling = Tiling(s.rows, expert.gate_up.shape.k_steps(), info.k_group != 0);
-      s.down_tiling = Tiling(s.rows, expert.down.shape.k_steps(), info.k_group != 0);
+      s.gate_up_tiling = Tiling(s.rows, expert.gate_up.shape.k_steps(), info.is_expanded());
+      s.down_tiling = Tiling(s.rows, expert.down.shape.k_steps(), info.is_expanded());
       s.input_offset = input_bytes;
       s.hidden_offset = hidden_bytes;
       if (s.gathered) {
@@ -259,6 +259,7 @@ ExpertLayer::Plan ExpertLayer::make_plan(const Input& x, const Routing& routing)
       plan.needs.int8 |= s.arithmetic == Arithmetic::kInt8;
       plan.needs.bf16 |= s.arithmetic == Arithmetic::kBf16;
       plan.needs.f32 |= s.arithmetic == Arithmetic::kFloat;
+      plan.needs.blocks |= s.arithmetic == Arithmetic::kBlocks;
       plan.largest_segment = std::max(plan.largest_segment, s.rows);
       std::fill_n(plan.segment_of_row.begin() + s.row, s.rows, static_cast<int32_t>(plan.segments.size()));
       plan.segments.push_back(s);
@@ -295,7 +296,7 @@ void ExpertLayer::forward_chunk(const Input& x, const Routing& routing, float* o
   engine.hidden.reserve(plan.hidden_rows * hidden_row_floats() * sizeof(float));
   engine.hidden_rows.reserve(plan.hidden_bytes);
   for (int w = 0; w < workers; ++w) {
-    engine.gemm_scratch(w).rows.reserve(kGatherRows * f32_stride(intermediate_));
+    engine.gemm_scratch(w).rows.reserve(kGatherRows * widest_stride(intermediate_));
     for (const Expert& expert : experts_) {
       reserve_gemm_scratch(engine.gemm_scratch(w), expert.gate_up.shape, plan.largest_segment);
       reserve_gemm_scratch(engine.gemm_scratch(w), expert.down.shape, plan.largest_segment);
@@ -415,7 +416,7 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
     }
     StripSink sink = {finish_gate_up, nullptr, &kernels, s.arithmetic, {}};
     sink.args.rows = s.rows;
-    sink.args.scale_a = weights.scales ? plan.scale.data() + s.row : nullptr;
+    sink.args.scale_a = s.arithmetic == Arithmetic::kInt8 ? plan.scale.data() + s.row : nullptr;
     sink.args.scale_b = weights.scales;
     sink.args.h = engine.hidden.as<float>() + (s.row - row_begin) * hidden_stride;
     sink.args.h_stride = hidden_stride;
@@ -458,7 +459,7 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
       }
       StripSink sink = {finish_down, prefetch_down, &kernels, s.arithmetic, {}};
       sink.args.rows = s.rows;
-      sink.args.scale_a = weights.scales ? plan.hidden_scale.data() + local : nullptr;
+      sink.args.scale_a = s.arithmetic == Arithmetic::kInt8 ? plan.hidden_scale.data() + local : nullptr;
       sink.args.scale_b = weights.scales;
       sink.args.token = plan.token.data() + s.row;
       sink.args.weight = plan.weight.data() + s.row;

@@ -13,7 +13,7 @@
 namespace kt {
 
 struct ExpertBlob {
-  Format format;
+  ExpertFormat format;
   const uint8_t* data;  // ExpertShape::blob_bytes() bytes, 64-byte aligned, owned by the caller
 };
 

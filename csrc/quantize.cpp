@@ -1,5 +1,7 @@
 #include "quantize.h"
 
+#include "block_pack.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -401,8 +403,33 @@ void pack_expert(Format format, const MatrixView& gate, const MatrixView& up, co
               [](int r) { return Place(r / kStripCols, r % kStripCols); });
 }
 
-void unpack_expert(Format format, const uint8_t* blob, int hidden_size, int moe_intermediate_size, float* gate,
+namespace {
+
+// Block formats: back into ggml's rows, and those dequantised as ggml does it.
+void unpack_blocks(ExpertFormat format, const uint8_t* blob, int hidden_size, int moe_intermediate_size, float* gate,
                    float* up, float* down) {
+  const FormatInfo &in = format_info(format.gate_up), &out = format_info(format.down);
+  const size_t in_bytes = ggml_row_bytes(in, hidden_size), out_bytes = ggml_row_bytes(out, moe_intermediate_size);
+  const size_t inner = static_cast<size_t>(moe_intermediate_size), hidden = static_cast<size_t>(hidden_size);
+  std::vector<uint8_t> rows(2 * inner * in_bytes + hidden * out_bytes);
+  uint8_t *up_rows = rows.data() + inner * in_bytes, *down_rows = up_rows + inner * in_bytes;
+  unpack_ggml_expert(format, hidden_size, moe_intermediate_size, blob, rows.data(), up_rows, down_rows);
+  for (size_t r = 0; r < inner; ++r) {
+    dequantize_row(in, rows.data() + r * in_bytes, hidden_size, gate + r * hidden);
+    dequantize_row(in, up_rows + r * in_bytes, hidden_size, up + r * hidden);
+  }
+  for (size_t r = 0; r < hidden; ++r)
+    dequantize_row(out, down_rows + r * out_bytes, moe_intermediate_size, down + r * inner);
+}
+
+}  // namespace
+
+void unpack_expert(ExpertFormat format, const uint8_t* blob, int hidden_size, int moe_intermediate_size, float* gate,
+                   float* up, float* down) {
+  if (format_info(format.gate_up).is_block()) {
+    unpack_blocks(format, blob, hidden_size, moe_intermediate_size, gate, up, down);
+    return;
+  }
   const ExpertShape shape(format, hidden_size, moe_intermediate_size);
   const float* gate_up_scales = reinterpret_cast<const float*>(blob + shape.gate_up_scales_offset());
   const float* down_scales = reinterpret_cast<const float*>(blob + shape.down_scales_offset());

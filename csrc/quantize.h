@@ -42,7 +42,7 @@ void place_row(const FormatInfo& info, const CodeView& codes, int row, uint8_t* 
 void pack_expert(Format format, const MatrixView& gate, const MatrixView& up, const MatrixView& down, uint8_t* blob);
 
 // The weights a blob stands for, as float. gate, up [I, H], down [H, I].
-void unpack_expert(Format format, const uint8_t* blob, int hidden_size, int moe_intermediate_size, float* gate,
+void unpack_expert(ExpertFormat format, const uint8_t* blob, int hidden_size, int moe_intermediate_size, float* gate,
                    float* up, float* down);
 
 }  // namespace kt

@@ -1,6 +1,9 @@
 #include "rows.h"
 
+#include <algorithm>
 #include <cstring>
+
+#include "blocks.h"
 
 namespace kt {
 namespace {
@@ -35,25 +38,37 @@ void copy_f32(const Input& x, int r, float* out, size_t padded) {
   std::memset(out + x.cols, 0, 4 * (padded - static_cast<size_t>(x.cols)));
 }
 
+int blocks_of(int cols) { return (cols + kBlockInputs - 1) / kBlockInputs; }
+
+// From so many rows on expanding a strip to int8 tiles is cheaper than multiplying with its blocks row by row.
+constexpr int kBlockTileRows = 8;
+
 }  // namespace
 
 Arithmetic arithmetic_for(const KernelTable& kernels, const FormatInfo& info, bool input_is_bf16, int rows) {
+  if (info.is_block()) {
+    const bool tiles = kernels.tile_s8 && kernels.blocks->expand_s8 && rows >= kBlockTileRows;
+    return tiles ? Arithmetic::kInt8 : Arithmetic::kBlocks;
+  }
   if (info.format != Format::kBf16) return Arithmetic::kInt8;
   const bool tiles = input_is_bf16 && kernels.tile_bf16 && rows >= kernels.tile_min_rows;
   return tiles ? Arithmetic::kBf16 : Arithmetic::kFloat;
 }
 
 bool uses_tiles(const KernelTable& kernels, Arithmetic arithmetic, int rows) {
-  if (arithmetic == Arithmetic::kFloat) return false;
+  if (arithmetic == Arithmetic::kFloat || arithmetic == Arithmetic::kBlocks) return false;
   return arithmetic == Arithmetic::kBf16 || (kernels.tile_s8 && rows >= kernels.tile_min_rows);
 }
 
-size_t int8_stride(int cols) { return round_up(static_cast<size_t>(cols), 128); }
+size_t int8_stride(int cols) { return round_up(static_cast<size_t>(cols), kBlockInputs); }
 size_t bf16_stride(int cols) { return round_up(static_cast<size_t>(cols), 32) * 2; }
 size_t f32_stride(int cols) { return round_up(static_cast<size_t>(cols), 32) * 4; }
+size_t blocks_stride(int cols) { return static_cast<size_t>(blocks_of(cols)) * sizeof(BlockActivations); }
+size_t widest_stride(int cols) { return std::max(f32_stride(cols), blocks_stride(cols)); }
 
 size_t stage_stride(Arithmetic arithmetic, int cols) {
   if (arithmetic == Arithmetic::kInt8) return int8_stride(cols);
+  if (arithmetic == Arithmetic::kBlocks) return blocks_stride(cols);
   return arithmetic == Arithmetic::kBf16 ? bf16_stride(cols) : f32_stride(cols);
 }
 
@@ -66,6 +81,7 @@ void reserve_stage(RowStage& stage, const StageNeeds& needs, int rows, int cols)
   }
   if (needs.bf16) stage.bf16.reserve(n * bf16_stride(cols));
   if (needs.f32) stage.f32.reserve(n * f32_stride(cols));
+  if (needs.blocks) stage.blocks.reserve(n * blocks_stride(cols));
 }
 
 void convert_row(const KernelTable& kernels, const Input& x, int r, Arithmetic arithmetic, uint8_t* out, float* scale,
@@ -75,6 +91,13 @@ void convert_row(const KernelTable& kernels, const Input& x, int r, Arithmetic a
     copy_bf16(x, r, reinterpret_cast<uint16_t*>(out), bf16_stride(x.cols) / 2);
   } else if (arithmetic == Arithmetic::kFloat) {
     copy_f32(x, r, reinterpret_cast<float*>(out), f32_stride(x.cols) / 4);
+  } else if (arithmetic == Arithmetic::kBlocks) {
+    auto* blocks = reinterpret_cast<BlockActivations*>(out);
+    if (x.is_bf16) {
+      kernels.blocks->quantize_bf16(static_cast<const uint16_t*>(x.row(r)), cols, blocks_of(x.cols), blocks);
+    } else {
+      kernels.blocks->quantize_f32(static_cast<const float*>(x.row(r)), cols, blocks_of(x.cols), blocks);
+    }
   } else if (x.is_bf16) {
     kernels.quantize_bf16(static_cast<const uint16_t*>(x.row(r)), cols, int8_stride(x.cols),
                           reinterpret_cast<int8_t*>(out), scale, sum);
@@ -96,12 +119,17 @@ void stage_row(const KernelTable& kernels, const Input& x, int r, const StageNee
   if (needs.f32) {
     convert_row(kernels, x, r, Arithmetic::kFloat, stage.f32.bytes() + at * f32_stride(x.cols), nullptr, nullptr);
   }
+  if (needs.blocks) {
+    convert_row(kernels, x, r, Arithmetic::kBlocks, stage.blocks.bytes() + at * blocks_stride(x.cols), nullptr,
+                nullptr);
+  }
 }
 
 const uint8_t* staged_row(const RowStage& stage, Arithmetic arithmetic, int cols, int r) {
-  const Buffer& rows = arithmetic == Arithmetic::kInt8   ? stage.int8
-                       : arithmetic == Arithmetic::kBf16 ? stage.bf16
-                                                         : stage.f32;
+  const Buffer& rows = arithmetic == Arithmetic::kInt8     ? stage.int8
+                       : arithmetic == Arithmetic::kBf16   ? stage.bf16
+                       : arithmetic == Arithmetic::kBlocks ? stage.blocks
+                                                           : stage.f32;
   return rows.bytes() + static_cast<size_t>(r) * stage_stride(arithmetic, cols);
 }
 

@@ -25,16 +25,19 @@ struct StageNeeds {
   bool int8 = false;
   bool bf16 = false;
   bool f32 = false;
+  bool blocks = false;
 };
 
 // bf16 weights: exact float arithmetic for float input; the matrix unit for bf16 input and enough rows.
 Arithmetic arithmetic_for(const KernelTable& kernels, const FormatInfo& info, bool input_is_bf16, int rows);
 bool uses_tiles(const KernelTable& kernels, Arithmetic arithmetic, int rows);
 
-// Bytes between staged rows. int8 rows are padded to 128 features (the widest int4 group), the others to 32.
+// Bytes between staged rows. int8 rows are padded to 256 features (the longest block of weights), the others to 32.
 size_t int8_stride(int cols);
 size_t bf16_stride(int cols);
 size_t f32_stride(int cols);
+size_t blocks_stride(int cols);
+size_t widest_stride(int cols);  // of a row in any form
 size_t stage_stride(Arithmetic arithmetic, int cols);
 
 // Converts row r of x to what the arithmetic reads: stage_stride() bytes at out, and for kInt8 its scale and sum.

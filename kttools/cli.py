@@ -1,12 +1,16 @@
 """The command line: a table of commands loaded on use, and errors turned into one line and an exit code."""
 
+import contextlib
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 import click
 from click.shell_completion import CompletionItem
@@ -35,7 +39,7 @@ COMMANDS: dict[str, Entry] = {
     "inspect": Entry("kttools.commands.inspect:command", "Show what is in a bundle, checkpoint or pack."),
     "verify": Entry("kttools.commands.verify:command", "Check every byte of a bundle."),
     "sign": Entry("kttools.commands.sign:command", "Sign a bundle, so that others know who made it."),
-    "bundle": Entry("kttools.commands.bundle:command", "Pack, unpack and cut bundles."),
+    "bundle": Entry("kttools.commands.bundle:command", "Pack, unpack, cut, send and fetch bundles."),
     "bench": Entry("kttools.commands.bench:command", "Measure the expert engine or a whole model."),
     "doctor": Entry("kttools.commands.doctor:command", "Show what this machine can run, and what slows it."),
     "convert": Entry("kttools.commands.convert:command", "Write a checkpoint or a bundle as GGUF."),
@@ -45,6 +49,8 @@ COMMANDS: dict[str, Entry] = {
 }
 
 EXIT_RUNTIME, EXIT_USAGE, EXIT_INPUT, EXIT_RESOURCE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+EXIT_TERMINATED = 143
+LOOK_AGAIN_S = 1.0
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -86,7 +92,8 @@ class LazyGroup(click.Group):
 EPILOG = (
     "Every option also reads KTTOOLS_<OPTION> and kttools.toml (here, then in the user's config directory);"
     " - and _ in option names are the same. Exit codes: 0 ok, 1 runtime error, 2 usage, 3 invalid input,"
-    " 4 not enough RAM or disk, 5 hardware, 6 quality gate, 7 download, 130 interrupted."
+    " 4 not enough RAM or disk, 5 hardware, 6 quality gate, 7 download, 130 interrupted,"
+    " 143 terminated."
 )
 
 
@@ -108,13 +115,14 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status; nothing escapes as a traceback unless --debug."""
     settings = Settings(debug=_env_flag("KTTOOLS_DEBUG"), quiet=_env_flag("KTTOOLS_QUIET"))
     try:
-        result = build_group().main(
-            args=None if args is None else list(args),
-            prog_name="kttools",
-            standalone_mode=False,
-            obj=settings,
-        )
-        sys.stdout.flush()
+        with _termination_caught():
+            result = build_group().main(
+                args=None if args is None else list(args),
+                prog_name="kttools",
+                standalone_mode=False,
+                obj=settings,
+            )
+            sys.stdout.flush()
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
@@ -129,10 +137,44 @@ def main(args: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
+class Terminated(BaseException):
+    """SIGTERM: unwinds like Ctrl-C, so that partial files go and the terminal is left as it was."""
+
+
+@contextlib.contextmanager
+def _termination_caught() -> Iterator[None]:
+    """SIGTERM raises Terminated in the main thread; elsewhere nothing changes.
+
+    An exception from a signal handler may come up where it is swallowed (a bare except, a call from C++
+    while torch is imported). So a timer looks again, and raises once more unless the first is on its way up.
+    """
+
+    def terminate(_: int, __: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, LOOK_AGAIN_S)
+        handled = sys.exc_info()[1]
+        while handled is not None and not isinstance(handled, Terminated):
+            handled = handled.__context__
+        if handled is None:
+            raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def explain(error: BaseException) -> tuple[str, int]:
     """(message or "", exit status) for anything a command can raise."""
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return "", EXIT_INTERRUPTED
+    if isinstance(error, Terminated):
+        return "", EXIT_TERMINATED
     if isinstance(error, BrokenPipeError):
         return "", EXIT_RUNTIME
     if isinstance(error, KTError):
@@ -171,7 +213,9 @@ def _is_torch_memory(error: BaseException) -> bool:
 
 
 def _one_line(message: str) -> str:
-    return "; ".join(line.strip() for line in message.splitlines() if line.strip())
+    """Nothing in it moves a terminal's cursor, whatever name of a stranger it quotes."""
+    text = "; ".join(line.strip() for line in message.splitlines() if line.strip())
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _env_flag(name: str) -> bool:

@@ -222,6 +222,52 @@ def overcommit_option(function: F) -> F:
     )(function)
 
 
+def device_options(function: F) -> F:
+    """--device, --defer-experts, --gpu-experts, --prefill and --graphs, as kt.load() calls them."""
+    for decorate in reversed(_DEVICE_OPTIONS):
+        function = decorate(function)
+    return function
+
+
+def device_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """What device_options() gave, as keyword arguments of kt.load()."""
+    names = ("device", "gpu_experts", "defer_experts", "prefill", "graphs")
+    return {name: given[name] for name in names}
+
+
+_DEVICE_OPTIONS: list[Callable[[Any], Any]] = [
+    click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        metavar="DEVICE",
+        help="Where all but the routed experts is computed: cpu, cuda:0, or cuda:0,cuda:1 by layers. "
+        "cpu:0,cpu:1 simulates devices.",
+    ),
+    click.option(
+        "--gpu-experts",
+        metavar="auto|N|FILE",
+        help="Routed experts on the device: as many as fit, N per layer, or those of a list; auto:FILE and "
+        "N:FILE choose by an expert profile.",
+    ),
+    click.option(
+        "--defer-experts",
+        type=click.IntRange(min=0),
+        default=0,
+        metavar="N",
+        help="Deliver a token's N lowest-weight experts one layer later [default: 0].",
+    ),
+    click.option(
+        "--prefill",
+        type=click.Choice(["auto", "cpu", "gpu"]),
+        default="auto",
+        show_default=True,
+        help="Experts of a prompt: on the CPU, streamed to the device, or split by what was measured here.",
+    ),
+    click.option("--graphs/--no-graphs", default=True, help="Capture decode steps of a device as graphs."),
+]
+
+
 def json_option(function: F) -> F:
     """--json as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(

@@ -1,4 +1,4 @@
-"""The thread pool under ThreadSanitizer, AddressSanitizer and UBSan, in a program of its own."""
+"""Thread pool and expert queue under ThreadSanitizer, AddressSanitizer and UBSan, in programs of their own."""
 
 import os
 import shutil
@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-SOURCES = [REPO / "tests" / "csrc" / "thread_pool_race.cpp", REPO / "csrc" / "thread_pool.cpp"]
+PROGRAMS = {
+    "thread_pool": ["tests/csrc/thread_pool_race.cpp", "csrc/thread_pool.cpp"],
+    "expert_queue": ["tests/csrc/expert_queue_race.cpp", "csrc/expert_queue.cpp", "csrc/sim_stream.cpp"],
+}
 
 
 def compiler() -> str:
@@ -29,10 +32,12 @@ def without_address_randomisation(program: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_pool_is_clean(sanitizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_is_clean(name: str, sanitizer: str, tmp_path: Path) -> None:
+    sources = [str(REPO / source) for source in PROGRAMS[name]]
     program = tmp_path / "race"
     flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-std=c++17", "-O1", "-g", "-pthread"]
-    built = run([compiler(), *flags, f"-I{REPO / 'csrc'}", *map(str, SOURCES), "-o", str(program)])
+    built = run([compiler(), *flags, f"-I{REPO / 'csrc'}", *sources, "-o", str(program)])
     if built.returncode and "san" in built.stderr and "cannot find" in built.stderr:
         pytest.skip(f"this compiler has no {sanitizer} sanitizer")
     assert built.returncode == 0, built.stderr

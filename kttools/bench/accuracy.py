@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kttools_runtime.experts import ExpertEngine
+from kttools_runtime import _kernels
+from kttools_runtime.experts import ExpertEngine, pack_format
 
 from .kt_peer import KtKernelPeer
 from .layer import gaussian_expert
@@ -57,7 +58,12 @@ def errors(
     peer: KtKernelPeer | None,
     notice: Callable[[str], None],
 ) -> dict[str, float]:
-    """Relative L2 error by engine name. The peer is loaded with these weights and must be loaded again."""
+    """Relative L2 error by engine name; none for formats that nothing is quantised to.
+
+    The peer is loaded with these weights and must be loaded again.
+    """
+    if pack_format(format) not in _kernels.FORMATS:
+        return {}
     notice("accuracy against float32 on Gaussian weights")
     case = problem(shape)
     layer = engine.layer_from_tensors(case.gate, case.up, case.down, format)

@@ -7,6 +7,7 @@ from kttools.families import TensorSpec, canonical_tensors
 from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.manifest import Manifest
 from kttools_runtime.pack import read_pack_header
+from kttools_runtime.pack_match import pack_problems
 from kttools_runtime.weights import PARTS
 
 
@@ -17,7 +18,6 @@ def header_problems(manifest: Manifest, present: Set[str]) -> list[str]:
 
 def _pack_problems(manifest: Manifest, present: Set[str]) -> Iterator[str]:
     """What a pack's header says against the manifest; only packs whose files are otherwise sound."""
-    model = manifest.model
     for layer, expert in manifest.experts.items():
         if expert.file not in present:
             continue
@@ -26,18 +26,7 @@ def _pack_problems(manifest: Manifest, present: Set[str]) -> Iterator[str]:
         except InvalidInputError as error:
             yield f"{expert.file}: {error}"
             continue
-        expected = {
-            "layer": layer,
-            "num_experts": manifest.pack_experts,
-            "hidden_size": model.hidden_size,
-            "moe_intermediate_size": model.moe_intermediate_size,
-        }
-        for key, value in expected.items():
-            if getattr(header, key) != value:
-                yield f"{expert.file}: {key}: expected {value} by bundle.json, got {getattr(header, key)}"
-        if header.formats != (expert.formats or (expert.format,) * header.num_experts):
-            got = ", ".join(sorted(set(header.formats)))
-            yield f"{expert.file}: format: expected {', '.join(expert.names)} by bundle.json, got {got}"
+        yield from (f"{expert.file}: {problem}" for problem in pack_problems(header, manifest, layer))
 
 
 def _shard_problems(manifest: Manifest, present: Set[str]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from kttools.checkpoint.gguf.splits import open_files
 from kttools.families import Role, SourceModel, canonical_tensors, open_model
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import InvalidInputError, UnsupportedModelError
-from kttools_runtime.manifest import MANIFEST_NAME, Manifest, load_manifest
+from kttools_runtime.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, load_manifest
 from kttools_runtime.pack import read_pack_header
 from kttools_runtime.safetensors_file import read_header
 
@@ -65,6 +65,13 @@ def _bundle(root: Path) -> dict[str, Any]:
             "shards": sum(size for name, size in sizes.items() if name.startswith("shards/")),
             "by_format": _bytes_by_format(manifest, shards),
         },
+        "fingerprint": manifest.fingerprint,
+        "requires": list(manifest.requires),
+        "license": manifest.license.to_dict(),
+        "model_card": manifest.model_card,
+        "expert_tables": manifest.expert_tables,
+        "is_signed": (root / SIGNATURE_NAME).exists(),
+        "unknown_keys": sorted(manifest.other),
         "recipe": manifest.recipe,
         "experts": {
             str(layer): expert.to_dict() | {"bytes": sizes[expert.file]}

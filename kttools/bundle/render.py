@@ -17,7 +17,12 @@ def render(report: dict[str, Any]) -> str:
     }
     lines = [("kind", report["kind"]), ("path", report["path"]), *rows[report["kind"]](report)]
     width = max(len(name) for name, _ in lines) + 2
-    return "\n".join(f"{name:<{width}}{value}".rstrip() for name, value in lines)
+    return "\n".join(f"{printable(name):<{width}}{printable(value)}".rstrip() for name, value in lines)
+
+
+def printable(text: str) -> str:
+    """A stranger's text without what moves a terminal's cursor: control characters are shown as escapes."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def size(count: int) -> str:
@@ -53,6 +58,12 @@ def _bundle(report: dict[str, Any]) -> Rows:
         *((f"  {name}", size(count)) for name, count in report["bytes"]["by_format"].items()),
         ("expert packs", _packs(report["experts"])),
         ("linears", ", ".join(f"{count} {name}" for name, count in report["linears"].items()) or "none"),
+        ("license", _license(report["license"])),
+        ("model card", report["model_card"] or "none"),
+        *(("expert table", f"{name}  {path}") for path, name in report["expert_tables"].items()),
+        ("fingerprint", report["fingerprint"] or "not recorded"),
+        *((("requires", ", ".join(report["requires"])),) if report["requires"] else ()),
+        ("signature", "there; kttools verify --signer checks it" if report["is_signed"] else "none"),
         ("recipe", ", ".join(f"{key} {value}" for key, value in sorted(report["recipe"].items()))),
         *((("not listed", ", ".join(extra)),) if extra else ()),
         *_cut(
@@ -63,6 +74,12 @@ def _bundle(report: dict[str, Any]) -> Rows:
         ),
         ("manifest", f"sha256 {report['manifest_sha256']}"),
     ]
+
+
+def _license(license: dict[str, Any]) -> str:
+    said = [license[key] for key in ("id", "name", "link") if license[key]]
+    texts = f"({', '.join(license['files'])})" if license["files"] else ""
+    return " ".join([", ".join(said) or "not stated", texts]).strip()
 
 
 def _packs(experts: dict[str, Any]) -> str:

@@ -30,6 +30,10 @@ class LoadOptions:
     experts: int | None = None
     cache_lens: int | None = None
     numa: str = "auto"
+    gpu_experts: str | None = None
+    defer_experts: int = 0
+    prefill: str = "auto"
+    graphs: bool = True
     overcommit: bool = False
 
 
@@ -93,6 +97,10 @@ def load_model(bundle: Path, load: LoadOptions) -> Any:
         num_experts=load.experts,
         isa=load.isa,
         numa=load.numa,
+        gpu_experts=load.gpu_experts,
+        defer_experts=load.defer_experts,
+        prefill=load.prefill,
+        graphs=load.graphs,
         check_memory=not load.overcommit,
         on_plan=lambda plan: announce(load, plan),
     )

@@ -78,8 +78,8 @@ def command() -> None:
     help="Experts per token.",
 )
 @click.option(
-    "--format", "expert_format", default="int8", show_default=True, metavar="int8|int4|bf16",
-    help="Format of the experts; int4_g32, int4_g64 and int4_g128 choose the group.",
+    "--format", "expert_format", default="int8", show_default=True, metavar="int8|int4|bf16|q4_k",
+    help="Format of the experts; int4_g32, int4_g64 and int4_g128 choose the group, q4_k_q6_k what down has.",
 )  # fmt: skip
 @click.option(
     "--tokens", type=Counts(1), default=DEFAULT_TOKENS, show_default=True, metavar="N,N,...",
@@ -199,6 +199,7 @@ def _notes(
     help="Timed runs per test.",
 )  # fmt: skip
 @options.isa_option
+@options.device_options
 @options.overcommit_option
 @click.option("--llama-bench", metavar="PATH", help="llama.cpp's llama-bench, run in alternation on --gguf.")
 @click.option("--gguf", "ggufs", multiple=True, metavar="FILE", help="A model for it; may be repeated.")
@@ -236,6 +237,7 @@ def _model(bundle: Path, given: dict[str, Any]) -> None:
         threads=given["cpu_infer"],
         isa=given["isa"],
         check_memory=not given["overcommit"],
+        **options.device_arguments(given),
         on_plan=lambda plan: options.notice(plan.line()),
     )
     records = run(bundle, tests, given["repeat"], peers, opened, options.notice)

@@ -60,9 +60,7 @@ Examples:
     help="Tokens of prompt and answers the KV cache holds [default: the model's context, at most 32768].",
 )
 @click.option("--chunk_size", type=click.IntRange(min=1), metavar="N", help="Tokens prefilled at a time.")
-@click.option(
-    "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where the shards are computed."
-)
+@options.device_options
 @click.option(
     "--expert-table", metavar="FILE|NAME|none", help="Expert table; none is the model's own router."
 )

@@ -37,6 +37,7 @@ Examples:
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @options.cpu_infer_option
 @options.isa_option
+@options.device_options
 @options.overcommit_option
 @options.json_option
 @click.pass_context
@@ -83,6 +84,7 @@ def _run(model_name: str, given: dict[str, Any]) -> None:
         isa=given["isa"],
         cache_len=given["window"],
         check_memory=is_checked,
+        **options.device_arguments(given),
     )
     with ByteProgress("eval", is_quiet=options.settings().quiet) as progress:
         if file is not None:

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 
 def everything(model: str, evaluation: tuple[str, ...], output: Path, **given: Any) -> None:
-    """All steps; without evaluation text it ends with the table."""
+    """All steps; without evaluation text it ends with the table. They share one model, unless layers are
+    streamed for collecting."""
     from kttools.profiling.gather import merge_directories
 
-    _collect_here(_job(model, output, **given))
+    job = _job(model, output, **given)
+    runner = None if job.is_streamed else _runner(model, given)
+    _collect_here(job, runner)
     merge_directories((output,), output)
     step = evaluate if evaluation else allocate
-    step(model, output=output, evaluation=evaluation, **given)
+    step(model, output=output, evaluation=evaluation, runner=runner, **given)
 
 
 def collect(model: str, output: Path, ray: str | None, workers: int, as_json: bool, **given: Any) -> None:
@@ -119,11 +122,11 @@ def _job(model: str, output: Path, **given: Any) -> "Job":
     )
 
 
-def _collect_here(job: "Job") -> dict[str, Any]:
+def _collect_here(job: "Job", runner: Any = None) -> dict[str, Any]:
     from kttools.profiling.gather import collect_part
 
     with TokenProgress("collect", is_quiet=options.settings().quiet) as bar:
-        done = collect_part(job, options.notice, bar.start, bar.advance)
+        done = collect_part(job, options.notice, bar.start, bar.advance, runner)
     return _collected([done])
 
 
@@ -153,6 +156,9 @@ def _collected(done: list[Any]) -> dict[str, Any]:
 
 
 def _runner(model: str, given: dict[str, Any]) -> Any:
+    """The model that a step before has loaded, else one that is loaded now."""
+    if given.get("runner") is not None:
+        return given["runner"]
     from kttools.model_source import resolve_model
     from kttools.profiling.gather import open_runner
 

@@ -15,8 +15,9 @@ Examples:
   kttools quantize ./DeepSeek-V3 -o ./deepseek-v3-int8
   kttools quantize ./DeepSeek-V3 -o ./deepseek-v3-int4 --cpu-format int4 --dry-run
   kttools quantize DeepSeek-V3-Q8_0-00001-of-00015.gguf -o ./deepseek-v3-int8
+  kttools quantize DeepSeek-V3-Q4_K_M-00001-of-00009.gguf -o ./deepseek-v3-q4k --cpu-format q4_k
 """
-CPU_FORMATS = ("int8", "bf16", "int4", "int4_g32", "int4_g64", "int4_g128")
+CPU_FORMATS = ("int8", "bf16", "int4", "int4_g32", "int4_g64", "int4_g128", "q4_k")
 
 
 @click.command("quantize", epilog=EPILOG, short_help="Turn a checkpoint into a bundle.")
@@ -32,9 +33,8 @@ CPU_FORMATS = ("int8", "bf16", "int4", "int4_g32", "int4_g64", "int4_g128")
 @click.option(
     "--cpu-format",
     type=click.Choice(CPU_FORMATS),
-    default="int8",
-    show_default=True,
-    help="Format of the routed experts.",
+    help="Format of the routed experts; q4_k keeps a GGUF file's blocks (Q4_K, Q5_K, Q6_K, Q8_0) as they are "
+    "[default: int8; q4_k for a GGUF file of K-quants].",
 )
 @click.option(
     "--gpu-format",
@@ -77,7 +77,7 @@ def _run(
     model: str,
     gguf_path: str | None,
     output: Path,
-    cpu_format: str,
+    cpu_format: str | None,
     gpu_format: str,
     group_size: str,
     recipe: Path | None,
@@ -87,6 +87,7 @@ def _run(
     as_json: bool,
 ) -> None:
     from kttools.families import open_model
+    from kttools.quantize.blocks import default_cpu_format
     from kttools.quantize.plan import make_plan, render_plan
     from kttools.quantize.recipe import make_recipe
     from kttools.quantize.writer import Quantizer
@@ -94,6 +95,7 @@ def _run(
     source = open_model(resolve_model(model), resolve_model(gguf_path) if gguf_path else None)
     for line in source.notices:
         options.notice(line)
+    cpu_format = cpu_format or default_cpu_format(source)
     plan = make_plan(source, make_recipe(cpu_format, gpu_format, int(group_size), recipe), workers)
     quantizer = Quantizer(plan, output, force)
     resources = quantizer.resources()

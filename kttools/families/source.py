@@ -149,6 +149,19 @@ class SourceModel:
             gate, up = (self._read_part(part, prefix, expert) for part in (layout.gate, layout.up))
         return gate, up, self._read_part(layout.down, prefix, expert)
 
+    def expert_names(self, layer: int, expert: int) -> tuple[tuple[str, int | None], ...]:
+        """Tensor of the checkpoint, and its slice where experts are stacked, of gate, up and down.
+
+        Fused gate and up are twice the same.
+        """
+        layout, prefix = self._layouts[layer], self._prefixes[layer]
+        return tuple(
+            (prefix + part.name, expert)
+            if part.is_stacked
+            else (prefix + part.name.format(expert=expert), None)
+            for part in (layout.gate, layout.up, layout.down)
+        )
+
     def _read_part(self, part: ExpertPart, prefix: str, expert: int) -> torch.Tensor:
         if part.is_stacked:
             return self.checkpoint.read_slice(prefix + part.name, expert)

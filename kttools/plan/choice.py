@@ -9,6 +9,7 @@ from typing import Protocol
 from kttools.checkpoint.gguf import is_gguf
 from kttools.families import SourceModel, open_config, open_model
 from kttools.model_source import is_bundle
+from kttools.quantize.blocks import default_cpu_format
 from kttools.quantize.recipe import DEFAULT_GROUP_SIZE
 from kttools_runtime.errors import UsageError
 from kttools_runtime.experts import pack_format
@@ -40,6 +41,7 @@ class Subject(Protocol):
 
     is_bundle: bool
     notices: list[str]
+    default_cpu_format: str | None
 
     def layout(self, choice: Choice) -> Layout: ...
 
@@ -48,6 +50,7 @@ class BundleSubject:
     """A bundle on disk."""
 
     is_bundle = True
+    default_cpu_format: str | None = None
 
     def __init__(self, path: Path) -> None:
         self.notices: list[str] = []
@@ -67,6 +70,7 @@ class SourceSubject:
 
     def __init__(self, source: SourceModel) -> None:
         self.notices = source.notices
+        self.default_cpu_format: str | None = default_cpu_format(source)
         self._layout = cache(
             lambda cpu, gpu: source_layout(source, pack_format(cpu), gpu, DEFAULT_GROUP_SIZE)
         )

@@ -20,8 +20,9 @@ def smaller_cpu_formats(name: str) -> tuple[str, ...]:
 
     GGUF's own block formats (q4_k, ...) are kept from a file, never made.
     """
+    size = _kernels.expert_bytes(name, 8192, 8192)
     sizes = {other: _kernels.expert_bytes(other, 8192, 8192) for other in _kernels.FORMATS}
-    below = [other for other in sizes if sizes[other] < sizes[name] and not other.startswith("q")]
+    below = [other for other in sizes if sizes[other] < size]
     return tuple(sorted(below, key=lambda other: -sizes[other]))
 
 

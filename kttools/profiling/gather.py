@@ -10,6 +10,7 @@ import psutil
 
 import kttools_runtime as kt
 from kttools_runtime.errors import InvalidInputError, ResourceError
+from kttools_runtime.layer_stream import LayerStream
 from kttools_runtime.manifest import read_manifest
 
 from .collect import Collected, Part, Recording, Task, collect, limited, tasks
@@ -62,14 +63,17 @@ def collect_part(
     say: Callable[[str], object] = lambda line: None,
     start: Progress = lambda total: None,
     on_tokens: Progress = lambda count: None,
+    runner: LayerRunner | None = None,
 ) -> Collected:
     """Makes the shards of one part; where this runs changes nothing in them.
 
-    start: told the number of tokens before the first. Raises InvalidInputError (text, model, shards of
-    another run), ResourceError when the hidden states of a streamed model will not fit on the disk.
+    start: told the number of tokens before the first. runner: of the job's model, where it is loaded already.
+    Raises InvalidInputError (text, model, shards of another run), ResourceError when the hidden states of a
+    streamed model will not fit on the disk.
     """
-    streamed = job.is_streamed
-    runner = open_runner(job.bundle, job.threads, job.isa, streamed)
+    if runner is None:
+        runner = open_runner(job.bundle, job.threads, job.isa, job.is_streamed)
+    streamed = isinstance(runner.model.layers, LayerStream)
     chosen = plan(runner, job)
     say(_plan_line(job, chosen, streamed, runner.config.hidden_size))
     (job.output / "shards").mkdir(parents=True, exist_ok=True)  # a part may have nothing to make

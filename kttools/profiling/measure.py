@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from kttools_runtime.expert_policy import LayerPolicy
 
 from .layerwise import LayerRunner, Policies, Window
+from .spill import Rows, hold
 
 # Rows of logits compared at a time: small enough for the cache of a vocabulary of 8k, bounded for 129k.
 LOGIT_BYTES = 16 << 20
@@ -118,27 +120,36 @@ def compare_tokens(runner: LayerRunner, full: Tensor, other: Tensor, token_ids: 
 class Store(Protocol):
     """Where measurements are kept (see kttools.profiling.measured_file)."""
 
+    directory: Path
+
     def get(self, policies: Policies) -> Measured | None: ...
     def put(self, policies: Policies, measured: Measured) -> None: ...
     def part(self, chosen: Sequence[Window]) -> "Store": ...
 
 
 class Judge:
-    """Measures policies on fixed windows; the full model runs once. store: what is in it is not run again."""
+    """Measures policies on fixed windows; the full model runs once. store: what is in it is not run again.
+
+    The full model's hidden states, 28 GB for a million tokens of DeepSeek-V3, lie in a file in the store's
+    directory where they are many (see kttools.profiling.spill).
+    """
 
     def __init__(self, runner: LayerRunner, chosen: Sequence[Window], store: Store | None = None) -> None:
         self.runner = runner
         self.windows = list(chosen)
         self.store = store
         self.seconds_full = 0.0
-        self._full: list[Tensor] | None = None
+        self._full: Rows | None = None
 
     @property
-    def full(self) -> list[Tensor]:
-        """Final hidden states of the full model by window."""
+    def full(self) -> Rows:
+        """Final hidden states of the full model by window. Raises ResourceError when the disk is too full."""
         if self._full is None:
             started = time.perf_counter()
-            self._full = [self._forward(w, {})[0] for w in self.windows]
+            rows = sum(len(w.token_ids) for w in self.windows)
+            made = (self._forward(w, {})[0] for w in self.windows)
+            folder = None if self.store is None else self.store.directory
+            self._full = hold(made, rows, self.runner.config.hidden_size, folder)
             self.seconds_full = time.perf_counter() - started
         return self._full
 

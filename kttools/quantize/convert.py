@@ -12,6 +12,7 @@ from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.experts import as_numpy
 from kttools_runtime.pack_writer import PackWriter
 
+from .blocks import pack_blocks, read_blocks
 from .plan import ROWS_BYTES, PackPlan
 from .report import BLOCK_ELEMENTS, ErrorSums, TensorError, as_float32, error_sums
 from .shard_layout import ShardTensor
@@ -25,8 +26,10 @@ def convert_expert(source: SourceModel, pack: PackPlan, expert: int, writer: Pac
 
     Raises InvalidInputError naming the tensor for a weight that is not finite or does not fit the format.
     """
+    if pack.formats[expert] in _kernels.BLOCK_FORMATS:
+        return _keep_expert(source, pack, expert, writer)
     arrays = [kernel_array(tensor) for tensor in source.read_expert(pack.layer, expert)]
-    names = [f"model.layers.{pack.layer}.mlp.experts.{expert}.{name}.weight" for name in PROJECTIONS]
+    names = _names(pack, expert)
     format_name = pack.formats[expert]
     blob = np.empty(pack.header.experts[expert].bytes, dtype=np.uint8)
     try:
@@ -43,6 +46,28 @@ def convert_expert(source: SourceModel, pack: PackPlan, expert: int, writer: Pac
         sums = checked_sums(error_sums(array, values), source, name, format_name)
         errors.append(TensorError.of(name, Role.EXPERT.value, format_name, array.shape, sums))
     return errors
+
+
+def _names(pack: PackPlan, expert: int) -> list[str]:
+    return [f"model.layers.{pack.layer}.mlp.experts.{expert}.{name}.weight" for name in PROJECTIONS]
+
+
+def _keep_expert(source: SourceModel, pack: PackPlan, expert: int, writer: PackWriter) -> list[TensorError]:
+    """convert_expert of blocks that stay as they are: the errors are zero, which is proved, not assumed."""
+    blocks = read_blocks(source, pack.layer, expert)
+    config = source.config
+    blob = np.empty(pack.header.experts[expert].bytes, dtype=np.uint8)
+    try:
+        pack_blocks(blocks, pack.formats[expert], config.hidden_size, config.moe_intermediate_size, blob)
+    except ValueError as error:
+        raise InvalidInputError(
+            f"{source.path}: layer {pack.layer}, expert {expert}: {error}; the checkpoint is damaged, "
+            "fetch it again"
+        ) from error
+    writer.write(expert, blob)
+    into = config.moe_intermediate_size, config.hidden_size
+    named = zip(_names(pack, expert), blocks, (into, into, into[::-1]), strict=True)
+    return [TensorError.of(n, Role.EXPERT.value, b.format, shape, ErrorSums()) for n, b, shape in named]
 
 
 @dataclass(frozen=True, slots=True)

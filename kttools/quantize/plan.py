@@ -8,11 +8,13 @@ from typing import Any
 
 from kttools.bundle.render import size
 from kttools.families import SourceModel
+from kttools_runtime import _kernels
 from kttools_runtime.errors import ResourceError
 from kttools_runtime.pack import PackHeader
 from kttools_runtime.pack_writer import plan_header
 from kttools_runtime.safetensors_file import DTYPES
 
+from .blocks import kept_format
 from .recipe import Recipe
 from .shard_layout import ShardFile, index_bytes, shard_files, shard_tensor
 
@@ -144,7 +146,11 @@ def make_plan(source: SourceModel, recipe: Recipe, workers: int = 1) -> Plan:
 
 def _pack_plan(source: SourceModel, layer: int, recipe: Recipe) -> PackPlan:
     config = source.config
-    formats = recipe.expert_formats(layer, config.n_routed_experts)
+    asked = recipe.expert_formats(layer, config.n_routed_experts)
+    formats = tuple(
+        kept_format(source, layer, expert) if name in _kernels.BLOCK_FORMATS else name
+        for expert, name in enumerate(asked)
+    )
     header = plan_header(
         layer=layer,
         hidden_size=config.hidden_size,

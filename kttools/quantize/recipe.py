@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kttools.families import Role
-from kttools_runtime.errors import UsageError
+from kttools_runtime.errors import InvalidInputError, UsageError
 
-from .rules import Rule, check_all_match, deciding, expert_name, linear_name, read_rules
+from .rules import KEPT_FORMAT, Rule, check_all_match, deciding, expert_name, linear_name, read_rules
 
 GPU_FORMATS = ("int4", "int8", "bf16")
 GROUP_SIZES = (128, 64, 32)
@@ -106,6 +106,10 @@ class Recipe:
             return None
         rule = deciding(self.rules, linear_name(name))
         if rule:
+            if rule.format == KEPT_FORMAT:
+                raise InvalidInputError(
+                    f"{rule.where}: {rule.format} is for experts; {linear_name(name)} is none"
+                )
             return rule.format.partition("_")[0]
         if min(shape) < SMALLEST_SIDE:
             return "bf16"

@@ -3,7 +3,7 @@
 An array of another dtype, shape or layout raises ValueError, and so does every other bad value.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypedDict, final, overload
 
 import numpy as np
@@ -22,7 +22,10 @@ class _IsaRow(TypedDict):
     missing: list[str]
 
 FORMATS: dict[str, int]
-"""Pack format names and ids."""
+"""Names and ids of the pack formats that weights can be quantised to."""
+
+BLOCK_FORMATS: dict[str, int]
+"""Names and ids of the pack formats that hold ggml's blocks; q4_k_q6_k: q6_k for down."""
 
 def cpu_features() -> dict[str, bool]:
     """Every feature a kernel table may ask for, and whether it can be used here."""
@@ -46,6 +49,19 @@ def unpack_expert(
     format: str, blob: _U8, hidden_size: int, moe_intermediate_size: int
 ) -> tuple[_F32, _F32, _F32]:
     """gate, up [I, H], down [H, I]: the weights that a blob stands for."""
+
+def pack_ggml_expert(
+    format: str, hidden_size: int, moe_intermediate_size: int, gate: _U8, up: _U8, down: _U8, out: _U8
+) -> None:
+    """Rows of ggml blocks (gate, up: I rows of H; down: H of I) into out [expert_bytes], bit for bit.
+
+    A scale that is NaN or inf is refused, naming the place.
+    """
+
+def unpack_ggml_expert(
+    format: str, hidden_size: int, moe_intermediate_size: int, blob: _U8
+) -> tuple[_U8, _U8, _U8]:
+    """The bytes of gate, up and down that pack_ggml_expert was given."""
 
 GGML_TYPES: dict[str, tuple[int, int]]
 
@@ -226,3 +242,61 @@ class LatentStep:
 
     def forward(self, hidden: _F32, rotations: _F32, cache: npt.NDArray[np.uint16], start: int) -> None:
         """hidden [T, H] and rows start... of cache [C, latent + rope] are updated. The GIL is released."""
+
+SUBMIT_CALL: int
+SYNC_CALL: int
+"""Addresses of the host functions void(void*) whose argument is an ExpertCall's address."""
+
+def loaded_cudart() -> str:
+    """File name of the CUDA runtime in this process; empty: none is loaded."""
+
+def launch_host_function(stream: int, function: int, argument: int) -> None:
+    """Enqueue on a CUDA stream. Raises RuntimeError where no CUDA runtime is loaded."""
+
+@final
+class ExpertQueue:
+    """A thread that computes calls in the order of their submission."""
+
+    def __init__(self, timeout_s: float) -> None: ...
+    def wait_idle(self, seconds: float) -> bool: ...
+    def take_error(self) -> str:
+        """What went wrong first since the last time; empty: nothing."""
+
+    def inject(self, delay_s: float = 0.0, error: str = "") -> None:
+        """For tests: the next call takes longer, or fails."""
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """calls, busy_s (computing), waited_s (streams held up)."""
+
+@final
+class ExpertCall:
+    """The argument block of one layer over host buffers: x [R, H], ids and weights [R, k], out [R, H]."""
+
+    def __init__(
+        self, queue: ExpertQueue, layer: ExpertLayer, x: _Float, ids: _I64, weights: _F32, out: _F32
+    ) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    def set_rows(self, rows: int) -> None: ...
+    @property
+    def address(self) -> int: ...
+    def submit(self) -> None: ...
+    def sync(self) -> None:
+        """Errors are the queue's (take_error)."""
+
+@final
+class SimEvent:
+    """A point in a simulated stream."""
+
+@final
+class SimStream:
+    """A thread that runs what is enqueued, in order."""
+
+    def copy(self, to: npt.NDArray[np.generic], source: npt.NDArray[np.generic]) -> None: ...
+    def host(self, function: int, argument: int) -> None: ...
+    def compute(self, work: Callable[[], object]) -> None: ...
+    def record(self, event: SimEvent) -> None: ...
+    def wait(self, event: SimEvent) -> None: ...
+    def synchronize(self, seconds: float) -> bool:
+        """False: not finished after the time. Raises what a computation raised first."""

@@ -2,12 +2,16 @@
 
 KTTOOLS_ISA         name of the kernel table to force (see `kttools doctor`); an unknown name is an error
 KTTOOLS_CPU_INFER   number of CPU threads of the expert engine when no option says otherwise
+KTTOOLS_DEVICE_LINEAR    kind of int4 and int8 linears on a device: auto (default), packed, triton or dense
+KTTOOLS_ENGINE_TIMEOUT   seconds a device waits for one layer's experts before the step fails (default 60)
+XDG_CACHE_HOME      where calibrations of this machine are kept, in kttools/ (default ~/.cache)
 
 Two variables of torch's CPU kernels are set unless they are: LRU_CACHE_CAPACITY and
 ONEDNN_PRIMITIVE_CACHE_CAPACITY; see bound_kernel_caches().
 """
 
 import os
+from pathlib import Path
 
 from .errors import UsageError
 
@@ -42,3 +46,26 @@ def bound_kernel_caches() -> None:
 def default_threads() -> int:
     """KTTOOLS_CPU_INFER, else the number of CPUs this process may run on."""
     return cpu_infer() or len(os.sched_getaffinity(0))
+
+
+def device_linear() -> str:
+    """KTTOOLS_DEVICE_LINEAR, or "auto"."""
+    return os.environ.get("KTTOOLS_DEVICE_LINEAR") or "auto"
+
+
+def engine_timeout_s() -> float:
+    """KTTOOLS_ENGINE_TIMEOUT in seconds. Raises UsageError unless it is a number above 0, at most a day."""
+    text = os.environ.get("KTTOOLS_ENGINE_TIMEOUT") or "60"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 86400:
+        raise UsageError(f"KTTOOLS_ENGINE_TIMEOUT must be seconds above 0, at most 86400, got {text!r}")
+    return seconds
+
+
+def cache_dir() -> Path:
+    """Derived files that can be made again. Not created."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "kttools"

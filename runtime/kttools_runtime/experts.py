@@ -23,8 +23,8 @@ def available_isas() -> list[str]:
 def pack_format(name: str) -> str:
     """The pack format for a user's format name ("bf16", "int8", "int4", ...). Raises UsageError."""
     resolved = FORMAT_ALIASES.get(name, name)
-    if resolved not in _kernels.FORMATS:
-        valid = ", ".join([*_kernels.FORMATS, *FORMAT_ALIASES])
+    if resolved not in _kernels.FORMATS and resolved not in _kernels.BLOCK_FORMATS:
+        valid = ", ".join([*_kernels.FORMATS, *FORMAT_ALIASES, *_kernels.BLOCK_FORMATS])
         raise UsageError(f"unknown expert format {name!r}: expected one of {valid}")
     return resolved
 
@@ -139,6 +139,8 @@ class ExpertEngine:
         """Quantise and tile experts in memory. gate, up: [E, I, H]; down: [E, H, I]; bf16 or f32."""
         num_experts, intermediate, hidden = gate.shape
         name = pack_format(format)
+        if name not in _kernels.FORMATS:
+            raise UsageError(f"{name} holds the blocks of a GGUF file; tensors cannot be quantised to it")
         size = _kernels.expert_bytes(name, hidden, intermediate)
         blobs = []
         for expert in range(num_experts):
@@ -154,9 +156,8 @@ class ExpertEngine:
         from .pack import map_pack
 
         header, blobs = map_pack(Path(path))
-        names = {number: name for name, number in _kernels.FORMATS.items()}
-        formats = [names[entry.format] for entry in header.experts]
-        return self.layer_from_blobs(header.hidden_size, header.moe_intermediate_size, formats, blobs)
+        sizes = header.hidden_size, header.moe_intermediate_size
+        return self.layer_from_blobs(*sizes, list(header.formats), blobs)
 
     def layer_from_blobs(
         self, hidden_size: int, moe_intermediate_size: int, formats: list[str], blobs: list[np.ndarray]

@@ -4,7 +4,7 @@ Everything outside a linear is float32. What a linear rounds is its own input: t
 to int8 per token for int8 and int4 ones (inside the kernel), to nothing on the float32 reference path.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .mempolicy import interleaved
 from .weights import LinearWeights, WeightSource, stack
 
 
@@ -88,13 +89,14 @@ class Placement:
     """Fetches weights and puts them on a device in the dtype of the matrix products.
 
     dtype: float32 (reference: nothing is rounded) or bfloat16. pool: the CPU kernels' thread pool, or None to
-    leave every product to torch.
+    leave every product to torch. make_linear: makes a device's linears of a matrix and its bias.
     """
 
     source: WeightSource
     device: torch.device
     dtype: torch.dtype
     pool: Any = None
+    make_linear: Callable[[LinearWeights, Tensor | None], Linear] | None = None
 
     @property
     def uses_cpu_kernels(self) -> bool:
@@ -136,13 +138,20 @@ class Placement:
         return bias if spec.row_order is None else bias[spec.row_order.to(self.device)]
 
     def _place(self, matrix: LinearWeights, bias: Tensor | None) -> Linear:
+        if self.make_linear is not None:
+            return self.make_linear(matrix, bias)
         if self.uses_cpu_kernels:
             return PackedCpuLinear(_pack(matrix, self.pool), matrix.format == "float", bias)
         return TorchLinear(matrix.dequantized().to(device=self.device, dtype=self.dtype), bias)
 
 
 def _pack(matrix: LinearWeights, pool: Any) -> Any:
-    """The kernels' own copy of a matrix; the stored one is released by the caller."""
+    """The kernels' own copy of a matrix, over all memory nodes; the stored one is released by the caller."""
+    with interleaved(pool.nodes):
+        return _packed(matrix, pool)
+
+
+def _packed(matrix: LinearWeights, pool: Any) -> Any:
     from ._kernels import PackedLinear
 
     parts = {suffix: part.contiguous() for suffix, part in matrix.parts.items()}

@@ -7,15 +7,18 @@ import torch
 
 from .config import ModelConfig
 from .env import bound_kernel_caches
-from .errors import HardwareError, UsageError
+from .errors import UsageError
 from .expert_table import locate_table
 from .experts import ExpertEngine, ExpertLayer
 from .footprint import stored_tensors
+from .hybrid.devices import parse_devices
+from .hybrid.options import HybridOptions, needs_device
 from .linear import Placement
 from .load_plan import LoadPlan, LoadRequest, make_load_plan
 from .manifest import Manifest, load_manifest
 from .model import DEFAULT_CACHE_LEN, Model, build_model
 from .moe import RoutedExperts
+from .pack_match import check_pack
 from .shards import ShardWeights
 from .weights import WeightSource
 
@@ -35,11 +38,17 @@ def load(
     numa: str = "auto",
     check_memory: bool = True,
     on_plan: Callable[[LoadPlan], object] | None = None,
+    defer_experts: int = 0,
+    gpu_experts: str | None = None,
+    prefill: str = "auto",
+    graphs: bool = True,
 ) -> Model:
     """Open a bundle for computing.
 
-    device: "cpu" or "cuda:N". dtype: "float32" (activations never rounded; with bf16 packs and shards this is
-    the reference path), "bfloat16", or None for the fastest that keeps quality, today bfloat16: inputs of
+    device: "cpu", or where all but the routed experts goes: "cuda:0", "cuda:0,cuda:1", or simulated devices
+    "cpu:0,cpu:1" (see hybrid/, with defer_experts, gpu_experts, prefill, graphs). dtype: "float32"
+    (activations never rounded; with bf16 packs and shards this is the reference path), "bfloat16", or None
+    for the fastest that keeps quality, today bfloat16: inputs of
     matrix products and the KV cache are bfloat16, everything between them float32. threads: CPU threads;
     None: KTTOOLS_CPU_INFER or every CPU of this process. cache_len: default length of new caches in tokens.
     expert_table: a file, the name of a table in the bundle or among the project's own, None for the bundle's
@@ -51,7 +60,11 @@ def load(
     subclasses.
     """
     bound_kernel_caches()
-    where = _device(device)
+    devices = parse_devices(device)
+    if devices is None:
+        needs_device(defer_experts, gpu_experts, prefill)
+    elif stream_layers:
+        raise UsageError("layers are streamed with --device cpu only")
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be float32 or bfloat16, got {dtype!r}")
     if cache_len is not None and cache_len < 1:
@@ -68,13 +81,28 @@ def load(
         [manifest.path(name) for name in manifest.files if name.endswith(".safetensors")], manifest.linears
     )
     plan = make_load_plan(
-        _request(manifest, shards, where, DTYPES[dtype], engine, cache_len, stream_layers, numa)
+        _request(
+            manifest,
+            shards,
+            () if devices is None else devices.cuda_indices,
+            DTYPES[dtype],
+            engine,
+            cache_len,
+            stream_layers,
+            numa,
+        )
     )
     if on_plan is not None:
         on_plan(plan)
     if check_memory:
         plan.check()
-    model = _load(manifest, shards, where, DTYPES[dtype], engine, cache_len, num_experts, stream_layers)
+    if devices is None:
+        model = _load(manifest, shards, DTYPES[dtype], engine, cache_len, num_experts, stream_layers)
+    else:
+        from .hybrid.load import load_hybrid
+
+        asked_for = HybridOptions(devices, defer_experts, gpu_experts, prefill, graphs)
+        model = load_hybrid(manifest, shards, DTYPES[dtype], engine, cache_len, num_experts, asked_for)
     if table is not None:
         model.use_table(table)
     return model
@@ -83,7 +111,7 @@ def load(
 def _request(
     manifest: Manifest,
     shards: ShardWeights,
-    device: torch.device,
+    devices: tuple[int, ...],
     dtype: torch.dtype,
     engine: ExpertEngine,
     cache_len: int | None,
@@ -102,33 +130,41 @@ def _request(
         threads=engine.threads,
         numa=numa,
         nodes=engine.nodes,
-        devices=() if device.type == "cpu" else (device.index or 0,),
+        devices=devices,
         is_streamed=stream_layers,
     )
+
+
+def expert_source(
+    manifest: Manifest, shards: ShardWeights, dtype: torch.dtype, engine: ExpertEngine
+) -> Callable[[int], RoutedExperts]:
+    """Maps the pack of a layer."""
+
+    def experts(layer: int) -> RoutedExperts:
+        # int8 and int4 kernels quantise their input themselves: rounding it to bf16 first would only lose
+        # bits. bf16 experts among them need it for the matrix unit.
+        is_bf16 = "bf16" in manifest.expert_file(layer).names
+        check_pack(manifest, layer)
+        mapped = engine.layer_from_pack(manifest.expert_path(layer))
+        configure_experts(mapped, manifest.model, shards, layer)
+        return RoutedExperts(mapped, dtype if is_bf16 else torch.float32)
+
+    return experts
 
 
 def _load(
     manifest: Manifest,
     shards: ShardWeights,
-    device: torch.device,
     dtype: torch.dtype,
     engine: ExpertEngine,
     cache_len: int | None,
     num_experts: int | None,
     stream_layers: bool,
 ) -> Model:
-    def experts(layer: int) -> RoutedExperts:
-        # int8 and int4 kernels quantise their input themselves: rounding it to bf16 first would only lose
-        # bits. bf16 experts among them need it for the matrix unit.
-        is_bf16 = "bf16" in manifest.expert_file(layer).names
-        mapped = engine.layer_from_pack(manifest.expert_path(layer))
-        configure_experts(mapped, manifest.model, shards, layer)
-        return RoutedExperts(mapped, dtype if is_bf16 else torch.float32)
-
     return build_model(
         manifest.model,
-        Placement(shards, device, dtype, engine.native),
-        experts,
+        Placement(shards, torch.device("cpu"), dtype, engine.native),
+        expert_source(manifest, shards, dtype, engine),
         threads=engine.threads,
         cache_len=cache_len,
         num_experts=num_experts,
@@ -147,17 +183,3 @@ def configure_experts(experts: ExpertLayer, config: ModelConfig, source: WeightS
         experts.set_biases(*(bias.to(torch.float32) for bias in biases))
     if config.swiglu_alpha is not None and config.swiglu_limit is not None:
         experts.set_swiglu(config.swiglu_alpha, config.swiglu_limit)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise UsageError(f"unknown device {name!r}: expected cpu or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"unknown device {name!r}: expected cpu or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise HardwareError(
-            f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    return device

@@ -128,7 +128,9 @@ class Model:
         if isinstance(table, (str, Path)):
             table = read_table(table, self.config, self.fingerprint())
         for index, layer in self.moe_layers.items():
-            layer.router.table = None if table is None else table.policies[index].to(self.device)
+            layer.router.table = (
+                None if table is None else table.policies[index].to(layer.router.weight.device)
+            )
 
     def new_cache(self, cache_len: int | None = None) -> KVCache:
         """An empty cache for `cache_len` tokens (default: the model's cache_len)."""
@@ -263,7 +265,7 @@ def build_model(
     embedding = embedding.to(placement.device)
 
     def build(index: int) -> DecoderLayer:
-        return _build_layer(config, placement, index, experts, num_experts)
+        return build_layer(config, placement, index, experts, num_experts)
 
     count = config.num_hidden_layers
     layers = LayerStream(build, count) if stream_layers else [build(index) for index in range(count)]
@@ -274,11 +276,11 @@ def build_model(
         head = TorchLinear(embedding)
     else:
         head = placement.linear(LinearSpec("lm_head", config.vocab_size), hidden_size)
-    final_norm = _norm(config, placement, "model.norm")
+    final_norm = build_norm(config, placement, "model.norm")
     return Model(config, placement, embedding, layers, final_norm, head, threads, cache_len, tokenizer_dir)
 
 
-def _build_layer(
+def build_layer(
     config: ModelConfig,
     placement: Placement,
     index: int,
@@ -292,12 +294,12 @@ def _build_layer(
         mlp = MoELayer(config, placement, f"{prefix}.mlp", experts(index), num_experts)
     else:
         mlp = GatedMLP(placement, f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
-    before = _norm(config, placement, f"{prefix}.input_layernorm")
-    between = _norm(config, placement, f"{prefix}.post_attention_layernorm")
+    before = build_norm(config, placement, f"{prefix}.input_layernorm")
+    between = build_norm(config, placement, f"{prefix}.post_attention_layernorm")
     return DecoderLayer(before, attention, between, mlp)
 
 
-def _norm(config: ModelConfig, placement: Placement, name: str) -> RMSNorm:
+def build_norm(config: ModelConfig, placement: Placement, name: str) -> RMSNorm:
     return RMSNorm(placement.vector(f"{name}.weight", config.hidden_size), config.rms_norm_eps)
 
 

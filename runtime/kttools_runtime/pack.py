@@ -112,7 +112,7 @@ class PackHeader:
 
 def format_names() -> dict[int, str]:
     """Format id -> name, as the kernels know them."""
-    return {number: name for name, number in _kernels.FORMATS.items()}
+    return {number: name for name, number in {**_kernels.FORMATS, **_kernels.BLOCK_FORMATS}.items()}
 
 
 def header_size(num_experts: int) -> int:
@@ -262,7 +262,10 @@ def _check_experts(header: PackHeader, where: object) -> int:
             _broken(Rule.FORMAT, where, problem)
         if expert.format not in sizes:
             shape = (header.hidden_size, header.moe_intermediate_size)
-            sizes[expert.format] = _kernels.expert_bytes(names[expert.format], *shape)
+            try:
+                sizes[expert.format] = _kernels.expert_bytes(names[expert.format], *shape)
+            except ValueError as error:
+                _broken(Rule.FORMAT, where, f"expert {index}: {error}")
         if expert.bytes != sizes[expert.format]:
             problem = f"expert {index}: {expert.bytes} bytes, expected {sizes[expert.format]} of its format"
             _broken(Rule.BLOB_BYTES, where, problem)

@@ -13,7 +13,7 @@ import xxhash
 
 from . import _kernels
 from .errors import KTError, ResourceError, UsageError
-from .pack import LAYOUT, PackedExpert, PackHeader, header_bytes, header_size, validate
+from .pack import LAYOUT, PackedExpert, PackHeader, format_names, header_bytes, header_size, validate
 
 
 def plan_header(
@@ -23,11 +23,10 @@ def plan_header(
 
     formats: name of each expert's format. Raises UsageError (unknown format) or BrokenRule (limits).
     """
-    unknown = sorted(set(formats) - set(_kernels.FORMATS))
+    ids = {name: number for number, name in format_names().items()}
+    unknown = sorted(set(formats) - set(ids))
     if unknown:
-        raise UsageError(
-            f"unknown expert format {unknown[0]!r}: expected one of {', '.join(_kernels.FORMATS)}"
-        )
+        raise UsageError(f"unknown expert format {unknown[0]!r}: expected one of {', '.join(ids)}")
     offset = header_size(len(formats))
     header = PackHeader(offset, LAYOUT, len(formats), hidden_size, moe_intermediate_size, layer, 0, ())
     sizes: dict[str, int] = {}
@@ -35,7 +34,7 @@ def plan_header(
     for name in formats:
         if name not in sizes:
             sizes[name] = _blob_bytes(name, header)
-        experts.append(PackedExpert(_kernels.FORMATS[name], offset, sizes[name], 0))
+        experts.append(PackedExpert(ids[name], offset, sizes[name], 0))
         offset += sizes[name]
     header = replace(header, file_bytes=offset, experts=tuple(experts))
     validate(header, "pack header")

@@ -65,6 +65,13 @@ def test_safetensors(tmp_path: Path) -> None:
     assert "and 30 more" in render(report)
 
 
+def test_control_characters_are_not_printed(tmp_path: Path) -> None:
+    save(tmp_path / "x.safetensors", {"a\x1b[2Jb": torch.zeros(1)}, {"note": "\x1b]0;title\x07"})
+    text = render(inspect_path(tmp_path / "x.safetensors"))
+    assert text.replace("\n", "").isprintable()
+    assert "a\\x1b[2Jb" in text
+
+
 def test_pack(sound_bundle: Path) -> None:
     file = sound_bundle / "experts/layer-00002.ktpack"
     report = inspect_path(file)

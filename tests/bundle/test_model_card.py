@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 import kttools_runtime as kt
+from kttools.bundle.inspect import inspect_path
 from kttools.bundle.manifest import manifest_parts, write_manifest
 from kttools.bundle.model_card import find_model_card, front_matter
+from kttools.bundle.render import render
 from kttools.bundle.verify import verify_bundle
 from kttools.profiling.install import install_table
 from kttools_runtime import strict_json
@@ -47,6 +49,15 @@ def test_card_and_licence_are_in_the_bundle(carded: Path) -> None:
     assert manifest.model_card == "model-card/README.md"
     assert (carded / manifest.model_card).read_text() == CARD
     assert verify_bundle(carded).problems == []
+
+
+def test_inspect_shows_it(carded: Path) -> None:
+    report = inspect_path(carded)
+    assert report["license"]["id"] == "other"
+    assert (report["requires"], report["is_signed"], report["unknown_keys"]) == ([], False, [])
+    text = render(report)
+    for line in ("other, deepseek, LICENSE (model-card/LICENSE,", report["fingerprint"], "signature"):
+        assert line in text
 
 
 def test_fingerprint_is_the_model_s(carded: Path, nano_bundle: Path) -> None:

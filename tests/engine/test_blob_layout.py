@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kttools_runtime import _kernels, experts
+from tests.engine import ggml_blocks as blocks
 from tests.engine import reference as ref
 
 PAGE = Path(experts.__file__).with_name("PACK.md").read_text(encoding="utf-8")
@@ -136,3 +138,74 @@ def test_scale_of_the_worked_example() -> None:
     match = re.search(r"(\d+) \+ 4 \* \(32 \* 1 \+ 20\) = (\d+)", SECTION)
     assert match
     assert int(match[1]) + 4 * (32 + 20) == int(match[2])
+
+
+BLOCKS: dict[str, Callable[..., Any]] = {}
+exec(re.findall(r"```python\n(.*?)```", SECTION, re.S)[1], BLOCKS)
+BLOCK_ROWS = {row["format"]: row for row in table("format | inputs per block")}
+
+
+def six_bits(block: ref.Array, k: int, c: int, is_min: int) -> np.float32:
+    value, place = 0, 0
+    for byte, shift, width in BLOCKS["six_bit_offsets"](k, c, is_min):
+        value |= (int(block[byte]) >> shift & ((1 << width) - 1)) << place
+        place += width
+    return np.float32(value)
+
+
+def block_weight(name: str, block: ref.Array, k: int, c: int) -> np.float32:
+    """One weight, read from a strip block as the page says."""
+    d_at = BLOCKS["d_offset"](name, k, c)
+    d, dmin = (np.float32(block[at : at + 2].view("<f2")[0]) for at in (d_at, d_at + 64))
+    code = int(block[BLOCKS["code_offset"](name, k, c)])
+    if name == "q8_0":
+        return d * np.float32(np.uint8(code).view(np.int8))
+    code = code >> BLOCKS["code_shift"](name, k) & 15
+    if name != "q4_k":
+        upper = int(block[BLOCKS["upper_offset"](name, k, c)]) >> BLOCKS["upper_shift"](name, k)
+        code |= (upper & (1 if name == "q5_k" else 3)) << 4
+    if name == "q6_k":
+        return d * np.float32(block[BLOCKS["q6_scale_offset"](k, c)].view(np.int8)) * np.float32(code - 32)
+    return d * six_bits(block, k, c, 0) * np.float32(code) - dmin * six_bits(block, k, c, 1)
+
+
+def block_row(name: str, strip: ref.Array, k_size: int, c: int) -> ref.Array:
+    inputs, size = (int(BLOCK_ROWS[name][key]) for key in ("inputs per block", "block_bytes"))
+    return np.array([block_weight(name, strip[k // inputs * size :], k % inputs, c) for k in range(k_size)])
+
+
+@pytest.mark.parametrize("name", BLOCK_ROWS)
+def test_blocks_are_where_the_page_says(name: str) -> None:
+    hidden, inner = (96, 64) if name == "q8_0" else (256, 256)
+    e = blocks.random_expert(np.random.default_rng(82), hidden, inner, name)
+    blob, (gate, up, down) = e.blob(), e.floats()
+    inputs, size = (int(BLOCK_ROWS[name][key]) for key in ("inputs per block", "block_bytes"))
+    _, ggml_inputs, ggml_bytes, _ = blocks.KINDS[name]
+    assert size * ggml_inputs == 32 * ggml_bytes * inputs
+    strip = -(-hidden // inputs) * size
+    for r in (0, 17, inner - 1):
+        at = blob[r // 16 * strip :]
+        assert np.array_equal(block_row(name, at, hidden, r % 16), gate[r])
+        assert np.array_equal(block_row(name, at, hidden, 16 + r % 16), up[r])
+    down_at = inner // 16 * strip
+    strip = -(-inner // inputs) * size
+    for r in (0, 45, hidden - 1):
+        at = blob[down_at + r // 32 * strip :]
+        assert np.array_equal(block_row(name, at, inner, r % 32), down[r])
+    scales_at = down_at + -(-hidden // 32) * strip
+    expected = (np.abs(up[20]).max() / np.float32(127)).astype(np.float32)
+    assert blob[scales_at + 4 * (32 + 20) :][:4].view("<f4")[0] == expected
+
+
+def test_block_formats_of_the_page_are_those_of_the_code() -> None:
+    rows = re.findall(r"^\| (\d+) \| (\w+) \|", PAGE.split("## Formats\n")[1].split("\n## ")[0], re.M)
+    ids = {name: int(number) for number, name in rows}
+    assert {name: ids[name] for name in _kernels.FORMATS} == _kernels.FORMATS
+    plain = {name: number for name, number in ids.items() if name not in _kernels.FORMATS}
+    assert list(plain) == list(BLOCK_ROWS)
+    expected = {}
+    for first, low in plain.items():
+        for second, high in plain.items():
+            same = first == second
+            expected[first if same else f"{first}_{second}"] = low if same else low + 256 * high
+    assert expected == _kernels.BLOCK_FORMATS

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.memory import resident_bytes
 CORPUS = Path(__file__).resolve().parent / "corpus"
 SLOW_SECONDS = 5.0
 GROWTH_BYTES = 1 << 30
+BATCH = 1000  # inputs
 
 
 @dataclass
@@ -56,17 +58,42 @@ def fuzz(
     end = time.monotonic() + seconds
     for data in [*kept, *dict.fromkeys(seeds)]:
         try_one(target, folder, data, outcome)
-    while outcome.runs < runs if runs else time.monotonic() < end:
-        try_one(target, folder, mutated(rng, seeds + kept), outcome)
+    seeds += kept
+    if runs and target.parse:
+        while outcome.runs < runs:
+            try_many(target.parse, [mutated(rng, seeds) for _ in range(BATCH)], outcome)
+    while outcome.runs < (runs or 0) if runs else time.monotonic() < end:
+        try_one(target, folder, mutated(rng, seeds), outcome)
     return outcome
+
+
+def try_many(parse: Callable[[bytes], None], batch: list[bytes], outcome: Outcome) -> None:
+    """As try_one, but without files, and with time and memory of the batch as a whole."""
+    before, started = resident_bytes(), time.thread_time()
+    for data in batch:
+        try_parse(lambda data=data: parse(data), data, outcome)
+    if time.thread_time() - started > SLOW_SECONDS:
+        outcome.findings.append(
+            (batch[0], f"{BATCH} inputs from this one on took more than {SLOW_SECONDS} s")
+        )
+    if resident_bytes() - before > GROWTH_BYTES:
+        outcome.findings.append((batch[0], f"memory grew in the {BATCH} inputs from this one on"))
 
 
 def try_one(target: Target, folder: Path, data: bytes, outcome: Outcome) -> None:
     file = folder / f"input{target.suffix}"
     file.write_bytes(data)
     before, started = resident_bytes(), time.thread_time()
+    try_parse(lambda: target.run(file), data, outcome)
+    if time.thread_time() - started > SLOW_SECONDS:
+        outcome.findings.append((data, f"took {time.thread_time() - started:.1f} s"))
+    if resident_bytes() - before > GROWTH_BYTES:
+        outcome.findings.append((data, f"memory grew by {resident_bytes() - before} bytes"))
+
+
+def try_parse(attempt: Callable[[], None], data: bytes, outcome: Outcome) -> None:
     try:
-        target.run(file)
+        attempt()
         outcome.accepted += 1
     except InvalidInputError as error:
         outcome.refused += 1
@@ -74,10 +101,6 @@ def try_one(target: Target, folder: Path, data: bytes, outcome: Outcome) -> None
             outcome.findings.append((data, f"a message of several lines: {error}"))
     except Exception:  # the point of the exercise
         outcome.findings.append((data, traceback.format_exc()))
-    if time.thread_time() - started > SLOW_SECONDS:
-        outcome.findings.append((data, f"took {time.thread_time() - started:.1f} s"))
-    if resident_bytes() - before > GROWTH_BYTES:
-        outcome.findings.append((data, f"memory grew by {resident_bytes() - before} bytes"))
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from kttools_runtime.tokenizer import Tokenizer
 from tests.checkpoint import test_fp8, test_gguf_hostile, test_gguf_sentencepiece
 from tests.checkpoint.gguf_forge import Image, Tensor, deepseek2
 from tests.forge import config, hub_tensors, save, save_sharded
+from tests.fuzz.archive_target import ARCHIVE_TARGETS
 from tests.fuzz.bundle_targets import BUNDLE_TARGETS
 from tests.fuzz.target import Target
 
@@ -107,4 +108,5 @@ TARGETS: dict[str, Target] = {
     "index": Target(".safetensors.index.json", index_seeds, run_index),
     "config": Target(".json", config_seeds, run_config),
     **BUNDLE_TARGETS,
+    **ARCHIVE_TARGETS,
 }

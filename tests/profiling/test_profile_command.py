@@ -89,6 +89,20 @@ def test_collect_and_allocate_alone(
     assert json.loads(capsys.readouterr().out)["shards"] == 2
 
 
+@pytest.mark.slow
+def test_collecting_and_allocating_share_one_model(
+    nano_bundle: Path, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kttools.profiling import gather
+
+    loads: list[bool] = []
+    opened = gather.open_runner
+    monkeypatch.setattr(gather, "open_runner", lambda *a, **k: loads.append(True) or opened(*a, **k))
+    assert run(nano_bundle, *data, "-o", tmp_path, *SMALL) == 0
+    assert (tmp_path / "experts.expert-table.json").is_file()
+    assert len(loads) == 1
+
+
 def test_layers_are_streamed_when_the_bundle_exceeds_memory(
     nano_bundle: Path, data: list[str], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,8 +36,8 @@ def test_small_linears_stay_bf16() -> None:
 def test_the_user_words() -> None:
     assert make_recipe("int4", "int4", 64).cpu_format.startswith("int4_g")
     assert make_recipe("int4_g32", "bf16", 64).cpu_format == "int4_g32"
-    with pytest.raises(UsageError, match="unknown expert format 'q4_k'"):
-        make_recipe("q4_k", "int4", 128)
+    with pytest.raises(UsageError, match="unknown expert format 'q3_k'"):
+        make_recipe("q3_k", "int4", 128)
     with pytest.raises(UsageError, match="unknown gpu format 'int3'"):
         make_recipe("int8", "int3", 128)
     with pytest.raises(UsageError, match="unknown group size 16"):

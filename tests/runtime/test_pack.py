@@ -130,6 +130,10 @@ HOSTILE = [
     (Rule.LAYOUT, set_field("layout", 2), "layout 2"),
     (Rule.FORMAT, set_expert(2, "format", 99), "expert 2: unknown format 99"),
     (Rule.FORMAT, set_expert(0, "format", 0), "expert 0: unknown format 0"),
+    (Rule.FORMAT, set_expert(1, "format", 6), "expert 1: q4_k holds blocks of 256 inputs"),
+    (Rule.FORMAT, set_expert(1, "format", 0x0606), "expert 1: unknown format 1542"),
+    (Rule.FORMAT, set_expert(1, "format", 0x0206), "expert 1: unknown format 518"),
+    (Rule.FORMAT, set_expert(1, "format", 0x10806), "expert 1: unknown format 67590"),
     (Rule.BLOB_BYTES, set_expert(0, "bytes", 4096), "expert 0: 4096 bytes, expected"),
     (Rule.BLOB_BYTES, set_expert(1, "bytes", 2**64 - 1), "expert 1: 18446744073709551615 bytes"),
     (Rule.BLOB_BYTES, set_field("hidden_size", 1 << 20), "expert 0: 12288 bytes, expected"),
@@ -419,7 +423,8 @@ def test_the_page_has_the_fields_of_the_code(heading: str, fields: tuple[tuple[s
 
 def test_the_page_has_formats_limits_and_rules_of_the_code() -> None:
     listed = {name: int(number) for number, name, _ in page_rows("Formats")}
-    assert listed == dict(_kernels.FORMATS)
+    uniform = {name: number for name, number in _kernels.BLOCK_FORMATS.items() if number < 256}
+    assert listed == _kernels.FORMATS | uniform
     assert [row[0] for row in page_rows("Rules")] == [rule.value for rule in Rule]
     limits = {name: (int(low), int(high)) for name, low, high, _ in page_rows("Limits")}
     assert limits == {

@@ -93,6 +93,14 @@ class GgufWeights:
         each = tensor.shape[1] if len(tensor.shape) > 2 else 1
         return tensor.kind, read_bytes(tensor, index * each, (index + 1) * each)
 
+    def raw_rows(self, name: str) -> tuple[GgmlType, np.ndarray]:
+        """(type, bytes) of a whole tensor as the file has it. Raises as raw_slice."""
+        view = self._view(name)
+        if not isinstance(view, Whole):
+            raise InvalidInputError(f"{view.parts[0].file}: tensor {name} is stored in another layout")
+        rows = view.tensor.shape[0] * (view.tensor.shape[1] if len(view.tensor.shape) > 2 else 1)
+        return view.tensor.kind, read_bytes(view.tensor, 0, rows)
+
     def _view(self, name: str) -> View:
         try:
             return self._views[name]

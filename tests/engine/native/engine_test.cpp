@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "block_pack.h"
 #include "dispatch.h"
 #include "latent_step.h"
 #include "linear.h"
@@ -69,7 +70,7 @@ struct Free {
 
 // One expert: its blob in memory of exactly that size, and the weights that it stands for.
 struct Expert {
-  Format format;
+  kt::ExpertFormat format;
   int hidden, inner;
   size_t bytes;
   std::unique_ptr<uint8_t, Free> blob;
@@ -86,9 +87,47 @@ struct Expert {
     gate = values(seed, n, in);
     up = values(seed + 1, n, in);
     down = values(seed + 2, n, out);
-    kt::pack_expert(format, {gate.data(), false, inner, hidden}, {up.data(), false, inner, hidden},
+    kt::pack_expert(f, {gate.data(), false, inner, hidden}, {up.data(), false, inner, hidden},
                     {down.data(), false, hidden, inner}, blob.get());
-    kt::unpack_expert(format, blob.get(), hidden, inner, gate.data(), up.data(), down.data());
+    kt::unpack_expert(f, blob.get(), hidden, inner, gate.data(), up.data(), down.data());
+  }
+
+  // Of random ggml blocks; they must come back unchanged.
+  Expert(kt::ExpertFormat f, int hidden_size, int inner_size, uint32_t seed, int)
+      : format(f),
+        hidden(hidden_size),
+        inner(inner_size),
+        bytes(ExpertShape(f, hidden, inner).blob_bytes()),
+        blob(static_cast<uint8_t*>(std::aligned_alloc(4096, bytes))) {
+    const std::vector<uint8_t> g = ggml_rows(f.gate_up, inner, hidden, seed);
+    const std::vector<uint8_t> u = ggml_rows(f.gate_up, inner, hidden, seed + 1);
+    const std::vector<uint8_t> d = ggml_rows(f.down, hidden, inner, seed + 2);
+    kt::pack_ggml_expert(f, hidden, inner, g.data(), u.data(), d.data(), blob.get());
+    std::vector<uint8_t> g2(g.size()), u2(u.size()), d2(d.size());
+    kt::unpack_ggml_expert(f, hidden, inner, blob.get(), g2.data(), u2.data(), d2.data());
+    expect(g == g2 && u == u2 && d == d2, f.name() + ": blocks come back changed");
+    const size_t n = static_cast<size_t>(hidden) * static_cast<size_t>(inner);
+    gate.resize(n);
+    up.resize(n);
+    down.resize(n);
+    kt::unpack_expert(f, blob.get(), hidden, inner, gate.data(), up.data(), down.data());
+  }
+
+  // Random codes and integer scales; the float16 scales (0x14.. and 0x18.., about 0.001 and 0.003) are small and finite.
+  static std::vector<uint8_t> ggml_rows(Format f, int rows, int k, uint32_t seed) {
+    const FormatInfo& info = kt::format_info(f);
+    const size_t row_bytes = kt::ggml_row_bytes(info, k);
+    std::vector<uint8_t> out(static_cast<size_t>(rows) * row_bytes);
+    for (size_t i = 0; i < out.size(); ++i) {
+      out[i] = static_cast<uint8_t>(static_cast<int>(value(seed, static_cast<uint32_t>(i)) * 32768.0f) >> 3);
+    }
+    const size_t block = f == Format::kQ4K ? 144 : f == Format::kQ5K ? 176 : f == Format::kQ6K ? 210 : 34;
+    const size_t d = f == Format::kQ6K ? 208 : 0;
+    for (size_t at = 0; at < out.size(); at += block) {
+      out[at + d + 1] = 0x0c;
+      if (f == Format::kQ4K || f == Format::kQ5K) out[at + 3] = 0x10;
+    }
+    return out;
   }
 };
 
@@ -111,8 +150,8 @@ std::vector<double> plain_expert(const Expert& e, const float* x) {
 
 // Largest error allowed as a share of the largest value. Activations in int8: two roundings of half a step of 1/127 whose
 // errors add over the row like noise, measured 1 %. bf16 activations: 2^-8 of the hidden row. Else float32 sums.
-double tolerance(Format format, bool bf16_input) {
-  if (format != Format::kBf16) return 0.04;
+double tolerance(kt::ExpertFormat format, bool bf16_input) {
+  if (format.gate_up != Format::kBf16) return 0.04;
   return bf16_input ? 0.01 : 1e-5;
 }
 
@@ -185,8 +224,9 @@ void compare(const std::vector<float>& got, const std::vector<double>& expected,
   }
 }
 
-void check_layer(const std::string& isa, const FormatInfo& info, int hidden, int inner, std::vector<int> token_counts) {
-  const std::vector<Expert> experts = make_experts(info.format, 3, hidden, inner);
+void check_experts(const std::string& isa, const std::vector<Expert>& experts, const std::vector<int>& token_counts) {
+  const kt::ExpertFormat format = experts[0].format;
+  const int hidden = experts[0].hidden;
   ExpertLayer one = make_layer(std::make_shared<Engine>(1, isa), experts);
   ExpertLayer three = make_layer(std::make_shared<Engine>(3, isa), experts);
   for (int tokens : token_counts) {
@@ -195,14 +235,25 @@ void check_layer(const std::string& isa, const FormatInfo& info, int hidden, int
       const std::vector<double> expected = problem.plain(experts);
       for (bool bf16 : {false, true}) {
         const std::string what =
-            isa + " " + info.name + " " + std::to_string(tokens) + " tokens of " + std::to_string(hidden);
+            isa + " " + format.name() + " " + std::to_string(tokens) + " tokens of " + std::to_string(hidden);
         const std::vector<float> out = problem.run(one, bf16);
-        compare(out, expected, tolerance(info.format, bf16), what);
+        compare(out, expected, tolerance(format, bf16), what);
         expect(std::memcmp(out.data(), problem.run(three, bf16).data(), out.size() * sizeof(float)) == 0,
                what + ": three threads give other bits than one");
       }
     }
   }
+}
+
+void check_layer(const std::string& isa, const FormatInfo& info, int hidden, int inner, std::vector<int> token_counts) {
+  check_experts(isa, make_experts(info.format, 3, hidden, inner), token_counts);
+}
+
+void check_blocks(const std::string& isa, kt::ExpertFormat format, int hidden, int inner,
+                  std::vector<int> token_counts) {
+  std::vector<Expert> experts;
+  for (uint32_t e = 0; e < 3; ++e) experts.emplace_back(format, hidden, inner, 200 + 3 * e, 0);
+  check_experts(isa, experts, token_counts);
 }
 
 void check_linear(const std::string& isa, const FormatInfo& info, int n, int k) {
@@ -293,6 +344,11 @@ void check_table(const std::string& isa) {
     check_linear(isa, info, 70, 129);
     if (isa != "scalar") check_layer(isa, info, 2400, 16, {530});  // K in blocks
   }
+  for (Format format : {Format::kQ4K, Format::kQ5K, Format::kQ6K}) check_blocks(isa, format, 512, 256, {1, 7, 30});
+  check_blocks(isa, Format::kQ8_0, 96, 32, {1, 3, 10, 37});
+  check_blocks(isa, {Format::kQ4K, Format::kQ6K}, 256, 256, {2, 5, 21});
+  check_blocks(isa, {Format::kQ6K, Format::kQ8_0}, 256, 32, {1, 3, 40});
+  if (isa == "amx") check_blocks(isa, {Format::kQ4K, Format::kQ8_0}, 2560, 32, {530});
 }
 
 }  // namespace

@@ -1,0 +1,122 @@
+"""From a bundle to a HybridModel: layers to devices, linears to packed ones, packs to the CPU engine."""
+
+import torch
+
+from kttools_runtime import _kernels, env
+from kttools_runtime.device_footprint import DeviceFootprint, device_footprints
+from kttools_runtime.errors import HardwareError, UnsupportedModelError
+from kttools_runtime.experts import ExpertEngine
+from kttools_runtime.footprint import stored_tensors
+from kttools_runtime.linear import Linear, LinearSpec, Placement, TorchLinear
+from kttools_runtime.loader import expert_source
+from kttools_runtime.manifest import Manifest
+from kttools_runtime.model import DEFAULT_CACHE_LEN, DecoderLayer, build_layer, build_norm
+from kttools_runtime.moe import MoELayer
+from kttools_runtime.shards import ShardWeights
+
+from .choose import has_plain_experts, hot_experts
+from .handoff import Courier
+from .hot import HotExperts
+from .linears import linear_maker
+from .mixture import Mixture
+from .model import HybridModel
+from .options import HybridOptions
+from .prefill import Prefill
+from .untile import PackFile
+
+
+def load_hybrid(
+    manifest: Manifest,
+    shards: ShardWeights,
+    dtype: torch.dtype,
+    engine: ExpertEngine,
+    cache_len: int | None,
+    num_experts: int | None,
+    options: HybridOptions,
+) -> HybridModel:
+    """Raises UsageError for options that the model cannot do, HardwareError, ResourceError and what reading
+    shards and packs raises."""
+    config = manifest.model
+    options.check(config)
+    if not options.devices.is_simulated and not _kernels.loaded_cudart():
+        raise HardwareError("torch has no CUDA runtime in this process; use --device cpu")
+    length = cache_len or min(config.max_position_embeddings, DEFAULT_CACHE_LEN)
+    footprints = _footprints(manifest, shards, dtype, length, options)
+    placed = [d for d, own in enumerate(footprints) for _ in range(*own.layers)]
+    placements = [
+        Placement(shards, device, dtype, None, linear_maker(device, dtype))
+        for device in options.devices.torch_devices
+    ]
+    experts = expert_source(manifest, shards, dtype, engine)
+    layers = [
+        build_layer(config, placements[placed[index]], index, experts, num_experts)
+        for index in range(config.num_hidden_layers)
+    ]
+    embedding = shards.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    last = placements[placed[-1]]
+    head: Linear
+    if config.tie_word_embeddings:
+        head = TorchLinear(embedding.to(device=last.device, dtype=dtype))
+    else:
+        head = last.linear(LinearSpec("lm_head", config.vocab_size), config.hidden_size)
+    courier = Courier(env.engine_timeout_s())
+    return HybridModel(
+        config,
+        placements,
+        embedding,
+        layers,
+        build_norm(config, last, "model.norm"),
+        head,
+        engine.threads,
+        cache_len,
+        manifest.root / "tokenizer",
+        options=options,
+        layer_devices=placed,
+        mixtures=_mixtures(manifest, layers, engine, dtype, courier, footprints, options),
+        courier=courier,
+    )
+
+
+def _footprints(
+    manifest: Manifest, shards: ShardWeights, dtype: torch.dtype, cache_len: int, options: HybridOptions
+) -> tuple[DeviceFootprint, ...]:
+    tensors = stored_tensors(shards.infos, manifest.linears)
+    return device_footprints(manifest.model, tensors, cache_len, len(options.devices.names), dtype)
+
+
+def _mixtures(
+    manifest: Manifest,
+    layers: list[DecoderLayer],
+    engine: ExpertEngine,
+    dtype: torch.dtype,
+    courier: Courier,
+    footprints: tuple[DeviceFootprint, ...],
+    options: HybridOptions,
+) -> dict[int, Mixture]:
+    config = manifest.model
+    packs = {index: PackFile(manifest.expert_path(index)) for index in config.moe_layers}
+    chosen = hot_experts(options, config, packs, footprints)
+    policy = options.prefill
+    if not has_plain_experts(config):
+        if policy == "gpu":
+            raise UnsupportedModelError("prefill gpu: this model's experts have biases or another gate")
+        policy = "cpu"
+    mixtures = {}
+    for index, pack in packs.items():
+        layer = layers[index].mlp
+        if not isinstance(layer, MoELayer):
+            raise AssertionError("config.moe_layers names a dense layer")
+        device = layer.router.weight.device
+        hot = None
+        if chosen.get(index):
+            hot = HotExperts(pack, chosen[index], device, dtype, device.type == "cuda" and _has_triton())
+        defer = 0 if index == config.num_hidden_layers - 1 else options.defer_experts
+        prefill = Prefill(policy, pack, dtype, engine.threads, engine.isa)
+        mixtures[index] = Mixture(layer, courier, hot, defer, prefill)
+    return mixtures
+
+
+def _has_triton() -> bool:
+    from .triton_kernels import has_triton
+
+    return has_triton()
