@@ -2,8 +2,8 @@
 #   make demo     install, quantize the sample model, ask it one question
 #   make test     install and run all tests
 #   make lint     ruff, mypy, clang-format
-#   make fuzz     the parsers' fuzzers, a quarter of a minute each
-#   make sanitize  the kernel tests with AddressSanitizer and UBSan
+#   make fuzz     the parsers' fuzzers, a minute each, two at a time
+#   make sanitize  the kernel tests, the hostile files and two fuzzers with AddressSanitizer and UBSan
 #   make bench    measure the expert engine against this machine's own ceilings
 #   make docs     rewrite the generated pages of docs/
 #   make clean    remove what was built (distclean: .venv too)
@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 DEMO := build/demo
 ASAN := $(CURDIR)/build/asan
+# Files that break every rule of their format, read as far as a program would.
+HOSTILE := tests/checkpoint/test_gguf_hostile.py tests/checkpoint/test_safetensors_header.py tests/checkpoint/test_checkpoint.py \
+	tests/checkpoint/test_fp8.py tests/families/test_gpt_oss.py tests/runtime/test_pack.py tests/engine/test_dequantize.py
 
 # Python's own build asks for gcc by name; where only clang is installed, say so.
 ifeq ($(shell command -v g++ 2>/dev/null),)
@@ -65,15 +68,15 @@ lint: dev
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 fuzz: dev
-	for target in gguf safetensors index config manifest pack; do \
-	$(BIN)/python -m tests.fuzz.fuzz $$target --seconds 15 --save build/fuzz || exit 1; done
+	$(BIN)/python -m tests.fuzz.run --seconds 60 --jobs 2 --most 240 --save build/fuzz
 
 # A second build in build/asan; the sanitizer's runtime must be in the process before Python's own allocations.
 sanitize: dev
 	KTTOOLS_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-base $(ASAN) --build-lib $(ASAN)/lib
 	PYTHONPATH=$(ASAN)/lib ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	sh -c '$(BIN)/python -m pytest -m "isa and not slow" tests/engine && $(BIN)/python -m pytest tests/engine/test_steps.py'
+	sh -c '$(BIN)/python -m pytest -m "isa and not slow" tests/engine && $(BIN)/python -m pytest tests/engine/test_steps.py \
+	&& $(BIN)/python -m pytest $(HOSTILE) && $(BIN)/python -m tests.fuzz.run gguf safetensors --save build/fuzz'
 
 bench: install
 	$(BIN)/kttools bench experts

@@ -20,6 +20,7 @@ ISA_FLAGS = {
     "kernels_avx2": AVX2,
     "kernels_avx512": AVX512,
     "kernels_amx": AMX,
+    "latent_amx": AMX,
     "blocks_avx2": AVX2,
     "blocks_avx512": AVX512,
 }

@@ -41,6 +41,7 @@ class Record:
     peak_anonymous: int
     growth: float
     growth_per_1000_steps: float
+    rss: tuple[int, ...]
 
 
 def growth(steps: list[int], rss: list[int]) -> float:
@@ -67,7 +68,15 @@ def measured(name: str, tokens: Iterator[object], steps: int, samples: int) -> R
     slope = growth(at, rss)
     seconds = time.perf_counter() - started
     return Record(
-        name, steps, round(seconds, 1), rss[0], rss[-1], max(anonymous), slope * steps, slope * 1000
+        name,
+        steps,
+        round(seconds, 1),
+        rss[0],
+        rss[-1],
+        max(anonymous),
+        slope * steps,
+        slope * 1000,
+        tuple(rss),
     )
 
 

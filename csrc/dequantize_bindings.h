@@ -1,10 +1,10 @@
 // Python's way to dequantize.h.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include "arrays.h"
 
 namespace kt {
 
-void bind_dequantize(pybind11::module_& m);
+void bind_dequantize(py::module_& m);
 
 }  // namespace kt

@@ -68,6 +68,7 @@ struct StepScratch {
   Buffer heads;      // the result of all heads
   Buffer out;        // [rows][hidden_size]
   Buffer routed;     // [rows][hidden_size]
+  Buffer context;    // prefill: the context as tiles
   std::vector<Buffer> workers;
 };
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "latent_prefill.h"
 #include "row_math.h"
 
 namespace kt {
@@ -45,29 +46,45 @@ LatentStep::LatentStep(std::shared_ptr<Engine> engine, const LatentShape& shape,
 
 void LatentStep::forward(float* hidden, int rows, const float* rotations, uint16_t* cache, int start) {
   std::lock_guard<std::mutex> stepping(engine_->stepping());
+  const int most = takes_many() ? kMaxGroupRows : kMaxStepRows;
+  for (int first = 0; first < rows; first += most) {
+    forward_group(hidden + static_cast<size_t>(first) * static_cast<size_t>(hidden_size()),
+                  std::min(most, rows - first),
+                  rotations + static_cast<size_t>(first) * static_cast<size_t>(shape_.rope), cache, start + first);
+  }
+}
+
+void LatentStep::forward_group(float* hidden, int rows, const float* rotations, uint16_t* cache, int start) {
   StepScratch& step = engine_->step;
   const auto count = static_cast<size_t>(rows), width = static_cast<size_t>(hidden_size());
   const auto projected_width = static_cast<size_t>(inputs_.out_features());
   const auto cached = static_cast<size_t>(shape_.cached()), rope = static_cast<size_t>(shape_.rope);
   const auto attended_width = static_cast<size_t>(shape_.heads * shape_.value);
+  const auto position = [start](size_t row) { return static_cast<size_t>(start) + row; };
   float* x = reserve_floats(step.normed, count * width);
-  for (size_t r = 0; r < count; ++r) norm_.apply(hidden + r * width, x + r * width);
+  each_row(*engine_, rows, [&](size_t r) { norm_.apply(hidden + r * width, x + r * width); });
   float* projected = reserve_floats(step.projected, count * projected_width);
-  inputs_.forward(x, rows, projected, step.inner);
+  inputs_.forward(*engine_, x, rows, projected, step.inner);
   float* query = queries(projected, rows);
   const size_t query_width = q_b_ ? static_cast<size_t>(q_b_->out_features()) : projected_width;
+  each_row(*engine_, rows, [&](size_t r) {
+    append(projected + (r + 1) * projected_width - cached, rotations + r * rope, cache + position(r) * cached);
+  });
   float* attended = reserve_floats(step.heads, count * attended_width);
-  for (size_t r = 0; r < count; ++r) {
-    const float* rotation = rotations + r * rope;
-    const size_t position = static_cast<size_t>(start) + r;
-    append(projected + (r + 1) * projected_width - cached, rotation, cache + position * cached);
-    float* own = query + r * query_width;
-    for (int h = 0; h < shape_.heads; ++h) rotate_pairs(own + h * shape_.key() + shape_.nope, rotation, rope / 2);
-    attend(own, cache, static_cast<int>(position) + 1, attended + r * attended_width);
+  if (rows > kMaxStepRows) {
+    latent_prefill(*engine_, shape_, weights_, softmax_scale_, {query, query_width, rows, start, rotations}, cache,
+                   attended);
+  } else {
+    for (size_t r = 0; r < count; ++r) {
+      float* own = query + r * query_width;
+      for (int h = 0; h < shape_.heads; ++h)
+        rotate_pairs(own + h * shape_.key() + shape_.nope, rotations + r * rope, rope / 2);
+      attend(own, cache, static_cast<int>(position(r)) + 1, attended + r * attended_width);
+    }
   }
   float* out = reserve_floats(step.out, count * width);
-  out_->forward({attended, false, rows, out_->in_features()}, out, false);
-  add_scaled(hidden, out, 1.0f, count * width);
+  out_->forward(step_input(attended, rows, out_->in_features()), out, false);
+  each_row(*engine_, rows, [&](size_t r) { add_scaled(hidden + r * width, out + r * width, 1.0f, width); });
 }
 
 // [rows, heads * key()], or the whole projected rows where they begin with it.
@@ -76,9 +93,9 @@ float* LatentStep::queries(const float* projected, int rows) const {
   const auto rank = static_cast<size_t>(q_b_->in_features()), width = static_cast<size_t>(inputs_.out_features());
   // First the normed rows, then the queries made of them.
   float* normed = reserve_floats(engine_->step.inner, static_cast<size_t>(rows) * (rank + q_b_->out_features()));
-  for (size_t r = 0; r < static_cast<size_t>(rows); ++r) q_norm_->apply(projected + r * width, normed + r * rank);
+  each_row(*engine_, rows, [&](size_t r) { q_norm_->apply(projected + r * width, normed + r * rank); });
   float* query = normed + static_cast<size_t>(rows) * rank;
-  q_b_->forward({normed, false, rows, q_b_->in_features()}, query, false);
+  q_b_->forward(step_input(normed, rows, q_b_->in_features()), query, false);
   return query;
 }
 

@@ -1,30 +1,16 @@
-// The attention half of a decoder layer for a few tokens: multi-head latent attention, absorbed (arXiv 2405.04434, 2.1):
-// the query is taken into the latent space and attends the compressed cache as it lies.
+// The attention half of a decoder layer: multi-head latent attention (arXiv 2405.04434, 2.1). A few tokens are absorbed: the
+// query is taken into the latent space and attends the compressed cache as it lies. Many go through full heads
+// (latent_prefill.h).
 #pragma once
 
 #include <cstdint>
 #include <memory>
 
+#include "latent_head.h"
+#include "latent_prefill.h"
 #include "step.h"
 
 namespace kt {
-
-struct LatentShape {
-  int heads;
-  int nope;    // qk_nope_head_dim
-  int rope;    // qk_rope_head_dim
-  int value;   // v_head_dim
-  int latent;  // kv_lora_rank
-
-  int key() const { return nope + rope; }
-  int cached() const { return latent + rope; }
-};
-
-// W_UK [heads, nope, latent] and W_UV [heads, value, latent] in bf16, owned by the caller.
-struct LatentWeights {
-  const uint16_t* up_key;
-  const uint16_t* up_value;
-};
 
 class LatentStep {
  public:
@@ -36,12 +22,15 @@ class LatentStep {
 
   const LatentShape& shape() const { return shape_; }
   int hidden_size() const { return norm_.size(); }
+  // Whether more than kMaxStepRows tokens may come at once.
+  bool takes_many() const { return latent_prefill_supports(*engine_, shape_); }
 
   // hidden [rows, hidden_size] += attention(norm(hidden)) for tokens at positions start...; rotations [rows, rope] as
   // (cosine, sine) pairs; cache [>= start + rows, cached()] bf16, rows start... are written.
   void forward(float* hidden, int rows, const float* rotations, uint16_t* cache, int start);
 
  private:
+  void forward_group(float* hidden, int rows, const float* rotations, uint16_t* cache, int start);
   float* queries(const float* projected, int rows) const;
   void append(float* compressed, const float* rotation, uint16_t* row) const;
   void attend(const float* query, const uint16_t* cache, int keys, float* out);

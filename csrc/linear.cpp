@@ -57,8 +57,8 @@ void PackedLinear::forward(const Input& x, void* out, bool out_is_bf16) {
   for (int piece = 0; piece < pieces; ++piece) {
     const int begin = static_cast<int>(static_cast<int64_t>(x.rows) * piece / pieces);
     const int end = static_cast<int>(static_cast<int64_t>(x.rows) * (piece + 1) / pieces);
-    forward_rows({x.row(begin), x.is_bf16, end - begin, x.cols}, static_cast<uint8_t*>(out) + begin * row_bytes,
-                 out_is_bf16);
+    forward_rows({x.row(begin), x.is_bf16, end - begin, x.cols, x.may_round},
+                 static_cast<uint8_t*>(out) + begin * row_bytes, out_is_bf16);
   }
 }
 
@@ -66,7 +66,7 @@ void PackedLinear::forward_rows(const Input& x, uint8_t* out, bool out_is_bf16) 
   Engine& engine = *engine_;
   const KernelTable& kernels = engine.kernels();
   const StripShape& shape = weights_.shape;
-  const Arithmetic arithmetic = arithmetic_for(kernels, *shape.info, x.is_bf16, x.rows);
+  const Arithmetic arithmetic = arithmetic_for(kernels, *shape.info, x, x.rows);
   const bool tiled = uses_tiles(kernels, arithmetic, x.rows);
   const Tiling tiling(x.rows, shape.k_steps(), shape.info->k_group != 0);
   StageNeeds needs;

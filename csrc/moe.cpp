@@ -245,7 +245,7 @@ ExpertLayer::Plan ExpertLayer::make_plan(const Input& x, const Routing& routing)
       s.rows = begin[e] + static_cast<int>(static_cast<int64_t>(total) * (piece + 1) / pieces) - s.row;
       if (group_rows + s.rows > kGroupRows) close_group();
       const FormatInfo& info = *expert.gate_up.shape.info;
-      s.arithmetic = arithmetic_for(kernels, info, x.is_bf16, s.rows);
+      s.arithmetic = arithmetic_for(kernels, info, x, s.rows);
       s.tiled = uses_tiles(kernels, s.arithmetic, s.rows);
       s.gathered = s.tiled || s.rows > 2;  // two rows are two tokens at some distance: a stride
       s.gate_up_tiling = Tiling(s.rows, expert.gate_up.shape.k_steps(), info.is_expanded());
@@ -276,7 +276,7 @@ void ExpertLayer::forward(const Input& x, const Routing& routing, float* out) {
   check_ids(routing, x.rows);
   std::lock_guard<std::mutex> busy(engine_->busy());
   for (int t = 0; t < x.rows; t += kMaxTokens) {
-    const Input part = {x.row(t), x.is_bf16, std::min(kMaxTokens, x.rows - t), x.cols};
+    const Input part = {x.row(t), x.is_bf16, std::min(kMaxTokens, x.rows - t), x.cols, x.may_round};
     const Routing part_routing = {routing.ids + static_cast<int64_t>(t) * routing.k,
                                   routing.weights + static_cast<int64_t>(t) * routing.k, routing.k};
     forward_chunk(part, part_routing, out + static_cast<size_t>(t) * hidden_size_);

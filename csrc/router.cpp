@@ -51,7 +51,6 @@ Router::Router(std::shared_ptr<Engine> engine, const RouterShape& shape, const f
   for (const std::vector<float>* each : {&bias_, &logit_bias_}) {
     if (!each->empty() && each->size() != experts) throw std::invalid_argument("bias and experts differ in number");
   }
-  scores_.resize(experts);
   const size_t count = experts * static_cast<size_t>(shape.hidden_size);
   if (!is_bf16_exact(weight, count)) return;
   weight_bf16_.resize(count);
@@ -59,29 +58,37 @@ Router::Router(std::shared_ptr<Engine> engine, const RouterShape& shape, const f
 }
 
 void Router::forward(const float* x, int rows, int64_t* ids, float* weights) {
-  for (int r = 0; r < rows; ++r) {
-    const auto row = static_cast<size_t>(r);
-    logits(x + row * static_cast<size_t>(shape_.hidden_size), scores_.data());
-    choose(scores_.data(), ids + row * static_cast<size_t>(shape_.k), weights + row * static_cast<size_t>(shape_.k));
+  const auto experts = static_cast<size_t>(shape_.num_experts), width = static_cast<size_t>(shape_.hidden_size);
+  const auto k = static_cast<size_t>(shape_.k);
+  scores_.resize(static_cast<size_t>(rows) * experts);
+  const size_t item = weight_bf16_.empty() ? sizeof(float) : sizeof(uint16_t);
+  const int workers = engine_->workers_for(experts * width * item, rows);
+  // Few tokens share out the experts, many themselves.
+  const int cuts = rows < 4 * workers ? workers : 1;
+  UnitCounter next;
+  engine_->pool().run(workers, [&](int) {
+    for (int unit = next.take(); unit < rows * cuts; unit = next.take()) {
+      const auto row = static_cast<size_t>(unit / cuts);
+      const int cut = unit % cuts;
+      float* scores = scores_.data() + row * experts;
+      logits(x + row * width, shape_.num_experts * cut / cuts, shape_.num_experts * (cut + 1) / cuts, scores);
+      if (cuts == 1) choose(scores, ids + row * k, weights + row * k);
+    }
+  });
+  for (size_t row = 0; cuts > 1 && row < static_cast<size_t>(rows); ++row) {
+    choose(scores_.data() + row * experts, ids + row * k, weights + row * k);
   }
 }
 
-void Router::logits(const float* x, float* out) {
-  const auto width = static_cast<size_t>(shape_.hidden_size);
-  const size_t item = weight_bf16_.empty() ? sizeof(float) : sizeof(uint16_t);
-  const int workers = engine_->workers_for(scores_.size() * width * item, 1);
-  engine_->pool().run(workers, [&](int worker) {
-    const int begin = shape_.num_experts * worker / workers, end = shape_.num_experts * (worker + 1) / workers;
-    const size_t first = static_cast<size_t>(begin) * width;
-    if (weight_bf16_.empty()) {
-      dot_rows_f32(x, weight_ + first, end - begin, width, out + begin);
-    } else {
-      dot_rows_bf16(x, weight_bf16_.data() + first, end - begin, width, out + begin);
-    }
-    if (!logit_bias_.empty()) {
-      for (int e = begin; e < end; ++e) out[e] += logit_bias_[static_cast<size_t>(e)];
-    }
-  });
+// Of experts [begin, end).
+void Router::logits(const float* x, int begin, int end, float* out) const {
+  const auto width = static_cast<size_t>(shape_.hidden_size), first = static_cast<size_t>(begin) * width;
+  if (weight_bf16_.empty()) {
+    dot_rows_f32(x, weight_ + first, end - begin, width, out + begin);
+  } else {
+    dot_rows_bf16(x, weight_bf16_.data() + first, end - begin, width, out + begin);
+  }
+  for (int e = begin; e < end && !logit_bias_.empty(); ++e) out[e] += logit_bias_[static_cast<size_t>(e)];
 }
 
 void Router::choose(float* scores, int64_t* ids, float* weights) const {

@@ -1,4 +1,4 @@
-// A mixture's router for a few tokens: scores of all experts, group limit, the best k and their weights; what
+// A mixture's router: scores of all experts, group limit, the best k and their weights; what
 // kttools_runtime/routing.py does with torch.
 #pragma once
 
@@ -37,7 +37,7 @@ class Router {
   void forward(const float* x, int rows, int64_t* ids, float* weights);
 
  private:
-  void logits(const float* x, float* out);
+  void logits(const float* x, int begin, int end, float* out) const;
   void choose(float* scores, int64_t* ids, float* weights) const;
   void limit_groups(std::vector<float>& choice) const;
 
@@ -47,7 +47,7 @@ class Router {
   std::vector<uint16_t> weight_bf16_;  // empty: not exact
   std::vector<float> bias_;
   std::vector<float> logit_bias_;
-  std::vector<float> scores_;
+  std::vector<float> scores_;  // of all tokens
 };
 
 }  // namespace kt

@@ -4,23 +4,16 @@
 #include <cstring>
 
 #include "blocks.h"
+#include "row_math.h"
 
 namespace kt {
 namespace {
-
-uint16_t round_to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 void copy_bf16(const Input& x, int r, uint16_t* out, size_t padded) {
   if (x.is_bf16) {
     std::memcpy(out, x.row(r), 2 * static_cast<size_t>(x.cols));
   } else {
-    const float* from = static_cast<const float*>(x.row(r));
-    for (int c = 0; c < x.cols; ++c) out[c] = round_to_bf16(from[c]);
+    round_bf16(static_cast<const float*>(x.row(r)), static_cast<size_t>(x.cols), out);
   }
   std::memset(out + x.cols, 0, 2 * (padded - static_cast<size_t>(x.cols)));
 }
@@ -45,13 +38,13 @@ constexpr int kBlockTileRows = 8;
 
 }  // namespace
 
-Arithmetic arithmetic_for(const KernelTable& kernels, const FormatInfo& info, bool input_is_bf16, int rows) {
+Arithmetic arithmetic_for(const KernelTable& kernels, const FormatInfo& info, const Input& x, int rows) {
   if (info.is_block()) {
     const bool tiles = kernels.tile_s8 && kernels.blocks->expand_s8 && rows >= kBlockTileRows;
     return tiles ? Arithmetic::kInt8 : Arithmetic::kBlocks;
   }
   if (info.format != Format::kBf16) return Arithmetic::kInt8;
-  const bool tiles = input_is_bf16 && kernels.tile_bf16 && rows >= kernels.tile_min_rows;
+  const bool tiles = (x.is_bf16 || x.may_round) && kernels.tile_bf16 && rows >= kernels.tile_min_rows;
   return tiles ? Arithmetic::kBf16 : Arithmetic::kFloat;
 }
 

@@ -14,6 +14,7 @@ struct Input {
   bool is_bf16;
   int rows;
   int cols;
+  bool may_round = false;  // float rows may become bf16 for the matrix unit
 
   const void* row(int r) const {
     return static_cast<const char*>(data) + static_cast<size_t>(r) * static_cast<size_t>(cols) * (is_bf16 ? 2 : 4);
@@ -28,8 +29,8 @@ struct StageNeeds {
   bool blocks = false;
 };
 
-// bf16 weights: exact float arithmetic for float input; the matrix unit for bf16 input and enough rows.
-Arithmetic arithmetic_for(const KernelTable& kernels, const FormatInfo& info, bool input_is_bf16, int rows);
+// bf16 weights: exact float arithmetic for float input; the matrix unit for `rows` >= enough of bf16 input.
+Arithmetic arithmetic_for(const KernelTable& kernels, const FormatInfo& info, const Input& x, int rows);
 bool uses_tiles(const KernelTable& kernels, Arithmetic arithmetic, int rows);
 
 // Bytes between staged rows. int8 rows are padded to 256 features (the longest block of weights), the others to 32.

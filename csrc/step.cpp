@@ -16,7 +16,7 @@ float* reserve_floats(Buffer& buffer, int rows, int cols) {
 }
 
 void forward_linear(PackedLinear& linear, const float* x, int rows, float* out) {
-  linear.forward({x, false, rows, linear.in_features()}, out, false);
+  linear.forward(step_input(x, rows, linear.in_features()), out, false);
 }
 
 void check_size(int got, int expected, const char* what) {
@@ -34,17 +34,17 @@ LinearPair::LinearPair(PackedLinear* first, PackedLinear* second) : first_(first
   if (second) check_size(second->in_features(), first->in_features(), "second matrix");
 }
 
-void LinearPair::forward(const float* x, int rows, float* out, Buffer& scratch) const {
+void LinearPair::forward(Engine& engine, const float* x, int rows, float* out, Buffer& scratch) const {
   if (!second_) return forward_linear(*first_, x, rows, out);
   const auto left = static_cast<size_t>(first_->out_features()), right = static_cast<size_t>(second_->out_features());
   float* parts = reserve_floats(scratch, rows, out_features());
   float* second = parts + static_cast<size_t>(rows) * left;
   forward_linear(*first_, x, rows, parts);
   forward_linear(*second_, x, rows, second);
-  for (size_t r = 0; r < static_cast<size_t>(rows); ++r) {
+  each_row(engine, rows, [&](size_t r) {
     std::memcpy(out + r * (left + right), parts + r * left, left * sizeof(float));
     std::memcpy(out + r * (left + right) + left, second + r * right, right * sizeof(float));
-  }
+  });
 }
 
 GatedMlp::GatedMlp(std::shared_ptr<Engine> engine, LinearPair gate_up, PackedLinear* down)
@@ -57,11 +57,10 @@ void GatedMlp::forward(const float* x, int rows, float* out) const {
   const int inner_size = down_->in_features();
   const auto width = static_cast<size_t>(inner_size);
   float* both = reserve_floats(engine_->step.projected, rows, 2 * inner_size);
-  gate_up_.forward(x, rows, both, engine_->step.inner);
+  gate_up_.forward(*engine_, x, rows, both, engine_->step.inner);
   float* inner = reserve_floats(engine_->step.inner, rows, inner_size);
-  for (size_t r = 0; r < static_cast<size_t>(rows); ++r) {
-    silu_mul(both + r * 2 * width, both + r * 2 * width + width, width, inner + r * width);
-  }
+  each_row(*engine_, rows,
+           [&](size_t r) { silu_mul(both + r * 2 * width, both + r * 2 * width + width, width, inner + r * width); });
   forward_linear(*down_, inner, rows, out);
 }
 
@@ -73,11 +72,15 @@ DenseStep::DenseStep(std::shared_ptr<Engine> engine, Norm norm, GatedMlp mlp)
 void DenseStep::forward(float* hidden, int rows) {
   std::lock_guard<std::mutex> stepping(engine_->stepping());
   const auto width = static_cast<size_t>(hidden_size());
-  float* x = reserve_floats(engine_->step.normed, rows, hidden_size());
-  float* out = reserve_floats(engine_->step.out, rows, hidden_size());
-  for (size_t r = 0; r < static_cast<size_t>(rows); ++r) norm_.apply(hidden + r * width, x + r * width);
-  mlp_.forward(x, rows, out);
-  add_scaled(hidden, out, 1.0f, static_cast<size_t>(rows) * width);
+  for (int first = 0; first < rows; first += kMaxGroupRows) {
+    const int count = std::min(kMaxGroupRows, rows - first);
+    float* group = hidden + static_cast<size_t>(first) * width;
+    float* x = reserve_floats(engine_->step.normed, count, hidden_size());
+    float* out = reserve_floats(engine_->step.out, count, hidden_size());
+    each_row(*engine_, count, [&](size_t r) { norm_.apply(group + r * width, x + r * width); });
+    mlp_.forward(x, count, out);
+    each_row(*engine_, count, [&](size_t r) { add_scaled(group + r * width, out + r * width, 1.0f, width); });
+  }
 }
 
 MoeStep::MoeStep(std::shared_ptr<Engine> engine, Norm norm, Router* router, ExpertLayer* experts,
@@ -99,29 +102,42 @@ void MoeStep::forward(float* hidden, int rows) {
   std::lock_guard<std::mutex> stepping(engine_->stepping());
   const auto width = static_cast<size_t>(hidden_size());
   float* x = reserve_floats(engine_->step.normed, rows, hidden_size());
-  float* routed = reserve_floats(engine_->step.routed, rows, hidden_size());
-  for (size_t r = 0; r < static_cast<size_t>(rows); ++r) norm_.apply(hidden + r * width, x + r * width);
+  each_row(*engine_, rows, [&](size_t r) { norm_.apply(hidden + r * width, x + r * width); });
   const int k = router_->shape().k;
   std::vector<int64_t> ids(static_cast<size_t>(rows) * static_cast<size_t>(k));
   std::vector<float> weights(ids.size());
   router_->forward(x, rows, ids.data(), weights.data());
-  experts_->forward({x, false, rows, hidden_size()}, {ids.data(), weights.data(), k}, routed);
-  if (shared_) add_shared(x, rows, routed);
-  add_scaled(hidden, routed, 1.0f, static_cast<size_t>(rows) * width);
+  mix(hidden, x, rows, {ids.data(), weights.data(), k});
+}
+
+void MoeStep::forward_routed(float* hidden, const float* x, int rows, const Routing& routing) {
+  std::lock_guard<std::mutex> stepping(engine_->stepping());
+  mix(hidden, x, rows, routing);
+}
+
+void MoeStep::mix(float* hidden, const float* x, int rows, const Routing& routing) {
+  const auto width = static_cast<size_t>(hidden_size());
+  float* routed = reserve_floats(engine_->step.routed, rows, hidden_size());
+  experts_->forward(step_input(x, rows, hidden_size()), routing, routed);
+  for (int first = 0; shared_ && first < rows; first += kMaxGroupRows) {
+    const size_t offset = static_cast<size_t>(first) * width;
+    add_shared(x + offset, std::min(kMaxGroupRows, rows - first), routed + offset);
+  }
+  each_row(*engine_, rows, [&](size_t r) { add_scaled(hidden + r * width, routed + r * width, 1.0f, width); });
 }
 
 void MoeStep::add_shared(const float* x, int rows, float* routed) const {
   const auto width = static_cast<size_t>(hidden_size());
   float* out = reserve_floats(engine_->step.out, rows, hidden_size());
   shared_->forward(x, rows, out);
-  for (size_t r = 0; r < static_cast<size_t>(rows); ++r) {
+  each_row(*engine_, rows, [&](size_t r) {
     float scale = 1.0f;
     if (!shared_gate_.empty()) {
       dot_rows_f32(x + r * width, shared_gate_.data(), 1, width, &scale);
       scale = 1.0f / (1.0f + std::exp(-scale));
     }
     add_scaled(routed + r * width, out + r * width, scale, width);
-  }
+  });
 }
 
 }  // namespace kt

@@ -1,7 +1,9 @@
-// Halves of a decoder layer for a few tokens, each in one call: norm, matrices, attention or mixture, residual. The same
-// as the modules of kttools_runtime do operation by operation, without their overhead; rows are float32 between matrices.
+// Halves of a decoder layer, each in one call: norm, matrices, attention or mixture, residual. The same as the modules of
+// kttools_runtime do operation by operation, without their overhead and in memory that is used again; rows are float32
+// between matrices.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -13,7 +15,27 @@
 
 namespace kt {
 
-constexpr int kMaxStepRows = 4;  // more tokens are a prefill
+constexpr int kMaxStepRows = 4;      // more tokens are a prefill: rows of float32 may be rounded for the matrix unit
+constexpr int kMaxGroupRows = 1024;  // a longer prefill goes through the attention and dense layers in groups
+
+// fn(row) for all rows; those of a prefill by all workers.
+template <typename F>
+void each_row(Engine& engine, int rows, const F& fn) {
+  constexpr int kRows = 8;
+  if (rows <= kMaxStepRows) {
+    for (int r = 0; r < rows; ++r) fn(static_cast<size_t>(r));
+    return;
+  }
+  UnitCounter next;
+  engine.pool().run(std::min(engine.threads(), (rows + kRows - 1) / kRows), [&](int) {
+    for (int first = next.take() * kRows; first < rows; first = next.take() * kRows) {
+      for (int r = first; r < std::min(first + kRows, rows); ++r) fn(static_cast<size_t>(r));
+    }
+  });
+}
+
+// x as the matrices of a step take it.
+inline Input step_input(const float* x, int rows, int cols) { return {x, false, rows, cols, rows > kMaxStepRows}; }
 
 // RMS norm as rms_norm (row_math.h) takes it: sqrt(n) weight and n eps.
 class Norm {
@@ -37,7 +59,7 @@ class LinearPair {
   int first_features() const { return first_->out_features(); }
   int out_features() const { return first_->out_features() + (second_ ? second_->out_features() : 0); }
   // out [rows, out_features]; scratch for the parts when there are two.
-  void forward(const float* x, int rows, float* out, Buffer& scratch) const;
+  void forward(Engine& engine, const float* x, int rows, float* out, Buffer& scratch) const;
 
  private:
   PackedLinear* first_;
@@ -78,8 +100,11 @@ class MoeStep {
           std::unique_ptr<GatedMlp> shared, std::vector<float> shared_gate);
   int hidden_size() const { return norm_.size(); }
   void forward(float* hidden, int rows);
+  // x [rows, hidden_size]: the normed hidden; routing: somebody else's choice for its rows.
+  void forward_routed(float* hidden, const float* x, int rows, const Routing& routing);
 
  private:
+  void mix(float* hidden, const float* x, int rows, const Routing& routing);
   void add_shared(const float* x, int rows, float* hidden) const;
 
   std::shared_ptr<Engine> engine_;

@@ -1,7 +1,13 @@
 """Peak memory of a process. Not ru_maxrss: it survives exec, so a child starts with its parent's peak."""
 
 import resource
+import weakref
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def peak_rss_bytes() -> int:
@@ -23,3 +29,43 @@ def anonymous_bytes() -> int:
 def resident_bytes() -> int:
     """What this process holds in RAM now, mapped files included, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of torch's tensors alive at once that were made inside this `with`; .bytes behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._live = 0
+        self._tensors: dict[int, set[int]] = {}  # of every storage made here
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
+                self._follow(tensor, _place(tensor) not in given)
+        return out
+
+    def _follow(self, tensor: torch.Tensor, is_new: bool) -> None:
+        key, size = _place(tensor), tensor.untyped_storage().nbytes()
+        if key not in self._tensors:
+            if not is_new:
+                return  # a view of what was there before
+            self._tensors[key] = set()
+            self._live += size
+            self.bytes = max(self.bytes, self._live)
+        if id(tensor) not in self._tensors[key]:
+            self._tensors[key].add(id(tensor))
+            weakref.finalize(tensor, self._forget, key, id(tensor), size)
+
+    def _forget(self, key: int, tensor: int, size: int) -> None:
+        held = self._tensors.get(key, set())
+        held.discard(tensor)
+        if not held and self._tensors.pop(key, None) is not None:
+            self._live -= size
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage().data_ptr())

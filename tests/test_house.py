@@ -156,7 +156,7 @@ RULES = [
         allowed_in=(
             "csrc/arrays.h",
             "csrc/bindings.cpp",
-            "csrc/dequantize_bindings.h",
+            "csrc/dequantize_bindings.cpp",
             "csrc/hybrid_bindings.cpp",
             "csrc/step_bindings.cpp",
         ),

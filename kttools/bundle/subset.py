@@ -110,7 +110,6 @@ class Cutter:
                 on_bytes(len(data))
             if digest.finish().sha256 != entry.sha256:
                 raise CorruptFileError(f"{source}: content changed; run kttools verify")
-            file.flush()
         finally:
             file.close()
 

@@ -62,10 +62,18 @@ def open_session(
     options: other fields of ChatOptions, and what signature_options() gives.
     gguf_path: weights that replace those of model_name.
     """
+    from kttools.plan.before_quantize import check_loadable
+
     weights = resolve_model(gguf_path) if gguf_path else None
     path = resolve_model(model_name)
     check_trust(path, options)
-    bundle = ensure_bundle(path, quantise_in_cache, weights)
+
+    def quantise(source: Path, target: Path, gguf: Path | None) -> None:
+        if load.device == "cpu" and not load.overcommit:
+            check_loadable(source, gguf, load.cache_lens, load.numa, load.cpu_infer)
+        quantise_in_cache(source, target, gguf)
+
+    bundle = ensure_bundle(path, quantise, weights)
     started = time.perf_counter()
     model = load_model(bundle, load)
     load_s = time.perf_counter() - started

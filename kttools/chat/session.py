@@ -6,6 +6,7 @@ from typing import Any
 
 from kttools_runtime.errors import InvalidInputError, UsageError
 from kttools_runtime.generate import FinishReason, generate
+from kttools_runtime.heap import give_back_free_memory
 from kttools_runtime.sampling import SamplingParams
 from kttools_runtime.streaming import Segment, ThinkingMarker
 from kttools_runtime.tokenizer import Tokenizer
@@ -138,6 +139,7 @@ class ChatSession:
             yield from self._collect([*marker.push(decoder.flush()), *marker.flush()], answer)
         finally:
             self._cached = [*ids, *produced][: self.cache.length]
+            give_back_free_memory()
 
     def _tokens(
         self, ids: list[int], reused: int, should_stop: Callable[[], bool] | None, stats: Stats

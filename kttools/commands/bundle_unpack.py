@@ -38,6 +38,11 @@ Examples:
     help="Files that match only, which are no bundle then; may be repeated.",
 )
 @click.option(
+    "--sha256",
+    is_flag=True,
+    help="Compare SHA-256 instead of XXH3: finds forgery, not only damage [always where it is signed].",
+)
+@click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: all there are]."
 )
 @options.json_option
@@ -46,6 +51,7 @@ def command(
     output: Path,
     layers: str | None,
     only: tuple[str, ...],
+    sha256: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -58,7 +64,7 @@ def command(
     from kttools.bundle.archive import Archive
 
     with Archive(archive) as opened:
-        unpacker = _unpacker(opened, output, layers, only, threads)
+        unpacker = _unpacker(opened, output, layers, only, threads, sha256)
         with ByteProgress("unpack", is_quiet=options.settings().quiet) as progress:
             progress.start(unpacker.total_bytes)
             done = unpacker.run(progress.advance)
@@ -71,20 +77,33 @@ def command(
 
 
 def _unpacker(
-    archive: "Archive", output: Path, layers: str | None, only: tuple[str, ...], threads: int | None
+    archive: "Archive",
+    output: Path,
+    layers: str | None,
+    only: tuple[str, ...],
+    threads: int | None,
+    sha256: bool,
 ) -> "Unpacker":
     from kttools.bundle.archive import Unpacker, matching
-    from kttools.bundle.selection import choose, chosen_files, subset_manifest
-    from kttools_runtime.manifest import MANIFEST_NAME
 
     if layers is not None and only:
         raise UsageError("--layers and --only are both given: use one of them")
     names = [member.name for member in archive.members]
     if only:
-        return Unpacker(archive, output, matching(archive.members, only, archive.name), threads=threads)
+        names = matching(archive.members, only, archive.name)
+    if layers is not None:
+        return _part(archive, output, layers, threads, sha256)
+    return Unpacker(archive, output, names, None, threads, sha256)
+
+
+def _part(archive: "Archive", output: Path, layers: str, threads: int | None, sha256: bool) -> "Unpacker":
+    from kttools.bundle.archive import Unpacker
+    from kttools.bundle.selection import choose, chosen_files, subset_manifest
+    from kttools_runtime.manifest import MANIFEST_NAME
+
     selection = choose(archive.manifest, layers, None, None)
     if selection.layers is None:
-        return Unpacker(archive, output, names, threads=threads)
+        return Unpacker(archive, output, [m.name for m in archive.members], None, threads, sha256)
     names = [MANIFEST_NAME, *chosen_files(archive.manifest, selection)]
     part = {MANIFEST_NAME: subset_manifest(archive.manifest, selection)}
-    return Unpacker(archive, output, names, part, threads)
+    return Unpacker(archive, output, names, part, threads, sha256)

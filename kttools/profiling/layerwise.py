@@ -118,7 +118,7 @@ class LayerRunner:
         if moe is not None:
             moe.router.table = policy
         try:
-            hidden += layer.mlp(layer.mlp_norm(hidden))
+            layer.mix(hidden)
         finally:
             if moe is not None:
                 moe.router.table = None
@@ -127,7 +127,7 @@ class LayerRunner:
         num_tokens = hidden.shape[0]
         cache = torch.empty(num_tokens, self._width, dtype=self.model.dtype, device=hidden.device)
         set_torch_threads(self.config, self.model.dtype, self.model.threads, 0, num_tokens)
-        hidden += layer.attention(layer.attention_norm(hidden), self._window_step(num_tokens), cache)
+        layer.attend(hidden, self._window_step(num_tokens), cache)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

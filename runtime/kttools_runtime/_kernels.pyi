@@ -223,9 +223,15 @@ class MoeStep:
     def forward(self, hidden: _F32) -> None:
         """hidden [T, H], updated. The GIL is released."""
 
+    def forward_routed(self, hidden: _F32, x: _F32, ids: npt.NDArray[np.int64], weights: _F32) -> None:
+        """The same with x [T, H], the normed hidden, and a choice [T, k] made by the caller."""
+
 @final
 class LatentStep:
-    """hidden += multi-head latent attention of the normed hidden, absorbed."""
+    """hidden += multi-head latent attention of the normed hidden."""
+
+    takes_many: bool
+    """Whether more than MAX_STEP_ROWS tokens may come at once."""
 
     def __init__(
         self,

@@ -8,7 +8,10 @@ lies.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -26,7 +29,7 @@ HEAD_BLOCK_BYTES = 256 << 20
 QUERY_BLOCK_TOKENS = 512
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """What all layers share in one forward pass over new tokens at positions start, start + 1, ...
 
@@ -36,6 +39,11 @@ class Step:
     start: int
     num_tokens: int
     rotations: Tensor
+
+    @cached_property
+    def pairs(self) -> npt.NDArray[np.float32]:
+        """The rotations on the CPU as [num_tokens, qk_rope_head_dim]: cosine and sine of each pair."""
+        return torch.view_as_real(self.rotations).view(self.num_tokens, -1).numpy()
 
 
 class LatentAttention:

@@ -1,6 +1,5 @@
 """The key/value cache."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ class KVCache:
     Memory is reserved, not touched: an operating system that commits lazily charges only for the tokens held.
     """
 
-    __slots__ = ("_arrays", "capacity", "layers", "length")
+    __slots__ = ("capacity", "layers", "length")
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         width = config.cache_width
@@ -26,13 +25,6 @@ class KVCache:
         self.layers: list[Tensor] = [
             torch.empty(capacity, width, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
         ]
-        self._arrays: list[np.ndarray] = []
-
-    def array(self, layer: int) -> np.ndarray:
-        """A bf16 layer on the CPU as the kernels take it: the same memory, uint16."""
-        if not self._arrays:
-            self._arrays = [rows.view(torch.uint16).numpy() for rows in self.layers]
-        return self._arrays[layer]
 
     @property
     def bytes_per_token(self) -> int:

@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 
-from . import attention, gqa
+from . import _kernels, attention, gqa
 from .cache import KVCache
 from .config import ModelConfig
 from .model import DEFAULT_CHUNK_SIZE
@@ -22,9 +22,9 @@ EMBEDDING = "model.embed_tokens.weight"
 STRIP_ROWS = 32  # the kernels pad a matrix to whole strips (csrc/kernels.h, kStripCols)
 STEP_INPUTS = {"bf16": 32, "int8": 64, "int4": 64}  # and its inputs to whole steps
 # Measured (torch 2.13 for CPUs, x86-64): what an interpreter with torch and this package takes beyond its own
-# resident memory once a model has run, code paged in on first use and the engine's threads: 10 to 24 MB, less
+# resident memory once a model has run, code paged in on first use and the engine's threads: 6 to 20 MB, less
 # the more had been imported.
-WARM_BYTES = 14_000_000
+WARM_BYTES = 8_000_000
 # tokenizer.json in memory: 13 MB for 0.54 MB of it, 8 of them the library.
 TOKENIZER_BYTES, TOKENIZER_FACTOR = 8_000_000, 10
 # What malloc keeps of small activations beside those in use: as much again (ds3-nano and ds3-tiny, 100 to
@@ -182,8 +182,32 @@ def scratch_bytes(
     """
     largest = max((tensor.bytes for tensor in tensors if tensor.format), default=0)
     chunk = min(DEFAULT_CHUNK_SIZE, cache_len)
-    active = _activation_bytes(config, chunk, cache_len, dtype)
-    return max(largest, active + min(active, KEPT_BYTES)) + _engine_bytes(config, chunk, threads)
+    if is_native(config, dtype):
+        active = _step_bytes(config, chunk, cache_len, threads)
+    else:
+        active = _activation_bytes(config, chunk, cache_len, dtype)
+        active += min(active, KEPT_BYTES)
+    return max(largest, active) + _engine_bytes(config, chunk, threads)
+
+
+def is_native(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether a prompt goes through the kernels' own halves of a layer (csrc/latent_prefill.h) here."""
+    sizes = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank)
+    is_fitting = config.attention == "mla" and all(size % 32 == 0 for size in sizes)
+    return is_fitting and dtype == torch.bfloat16 and "amx" in _kernels.available_isas()
+
+
+def _step_bytes(config: ModelConfig, chunk: int, cache_len: int, threads: int) -> int:
+    """The step's buffers (csrc/engine.h, StepScratch), which stay, and the latents in tiles; a third on top
+    for what surrounds them (measured: ds3-nano and ds3-tiny, 256 to 4000 tokens)."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    inner = max(config.intermediate_size, config.shared_intermediate_size)
+    projected = max(heads * config.qk_head_dim + config.cache_width, 2 * inner)
+    rows = (
+        4 * chunk * (4 * hidden + projected + max(inner, config.q_lora_rank or 0) + heads * config.v_head_dim)
+    )
+    tiles = 2 * 2 * cache_len * config.cache_width
+    return (rows + tiles + threads * 8 * chunk * config.cache_width) * 4 // 3
 
 
 def _activation_bytes(config: ModelConfig, chunk: int, cache_len: int, dtype: torch.dtype) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from . import memory
 from .config import ModelConfig
-from .device_footprint import DeviceFootprint, device_footprints
+from .device_footprint import DeviceFootprint, device_footprints, most_hot_experts, with_hot_experts
 from .errors import ResourceError
 from .footprint import EMBEDDING, Footprint, StoredTensor, footprint
 from .numa import share_nodes
@@ -22,7 +22,8 @@ GIB = float(1 << 30)
 class LoadRequest:
     """What decides the sizes of a load. experts, tokenizer: bytes of files.
 
-    numa: off, shard or replicate, over `nodes` memory nodes; devices: indices of GPUs, () for the CPU alone.
+    numa: off, shard or replicate, over `nodes` memory nodes; devices: indices of GPUs, () for the CPU alone;
+    hot_experts: routed experts of every layer on them, of expert_bytes each.
     """
 
     config: ModelConfig
@@ -36,6 +37,8 @@ class LoadRequest:
     nodes: int
     devices: tuple[int, ...] = ()
     is_streamed: bool = False
+    hot_experts: int = 0
+    expert_bytes: int = 0
 
     def host(self) -> Footprint:
         """RAM. With GPUs the layers' dense weights and the cache are theirs."""
@@ -61,7 +64,8 @@ class LoadRequest:
         """VRAM of each GPU."""
         if not self.devices:
             return ()
-        return device_footprints(self.config, self.tensors, self.cache_len, len(self.devices), self.dtype)
+        found = device_footprints(self.config, self.tensors, self.cache_len, len(self.devices), self.dtype)
+        return with_hot_experts(found, self.config.moe_layers, self.expert_bytes, self.hot_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ class LoadPlan:
         if self.fits:
             return
         remedy = "; nothing smaller fits: free some memory, or quantize to smaller formats"
-        for smaller in _smaller(self.request):
+        for smaller in _smaller(self.request, self.vram_free):
             plan = make_load_plan(smaller, self.ram_free, self.vram_free)
             if plan.fits:
                 changed = _options(self.request, smaller)
@@ -120,21 +124,33 @@ def _vram_free(devices: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(torch.cuda.mem_get_info(device)[0]) for device in devices)
 
 
-def _smaller(request: LoadRequest) -> Iterator[LoadRequest]:
-    """Requests that take less, the least change first: no copies per node, then a shorter cache."""
+def _smaller(request: LoadRequest, vram_free: tuple[int, ...]) -> Iterator[LoadRequest]:
+    """Requests that take less, the least change first: no copies per node and as many experts on the GPUs as
+    fit, then a shorter cache too."""
     numa = "shard" if request.numa == "replicate" else request.numa
-    if numa != request.numa:
-        yield replace(request, numa=numa)
+    smaller = _fewer_hot(replace(request, numa=numa), vram_free)
+    if smaller != request:
+        yield smaller
     length = request.cache_len
     while length > SHORTEST_CACHE:
         length = max(SHORTEST_CACHE, length // 2)
-        yield replace(request, numa=numa, cache_len=length)
+        yield _fewer_hot(replace(request, numa=numa, cache_len=length), vram_free)
+
+
+def _fewer_hot(request: LoadRequest, vram_free: tuple[int, ...]) -> LoadRequest:
+    if not (request.hot_experts and request.expert_bytes):
+        return request
+    rest = replace(request, hot_experts=0).on_devices()
+    most = most_hot_experts(rest, request.config.moe_layers, request.expert_bytes, vram_free)
+    return replace(request, hot_experts=min(most, request.hot_experts))
 
 
 def _options(before: LoadRequest, after: LoadRequest) -> str:
     changed = [f"--numa {after.numa}"] if after.numa != before.numa else []
     if after.cache_len != before.cache_len:
         changed.append(f"--cache_lens {after.cache_len}")
+    if after.hot_experts != before.hot_experts:
+        changed.append(f"--gpu-experts {after.hot_experts}")
     return " ".join(changed)
 
 

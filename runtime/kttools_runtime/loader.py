@@ -90,6 +90,7 @@ def load(
             cache_len,
             stream_layers,
             numa,
+            gpu_experts,
         )
     )
     if on_plan is not None:
@@ -117,9 +118,11 @@ def _request(
     cache_len: int | None,
     stream_layers: bool,
     numa: str,
+    gpu_experts: str | None,
 ) -> LoadRequest:
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
     longest = min(manifest.model.max_position_embeddings, DEFAULT_CACHE_LEN)
+    hot, each = (0, 0) if gpu_experts is None or not devices else _hot_experts(manifest, gpu_experts)
     return LoadRequest(
         config=manifest.model,
         tensors=tuple(stored_tensors(shards.infos, manifest.linears)),
@@ -132,7 +135,21 @@ def _request(
         nodes=engine.nodes,
         devices=devices,
         is_streamed=stream_layers,
+        hot_experts=hot,
+        expert_bytes=each,
     )
+
+
+def _hot_experts(manifest: Manifest, gpu_experts: str) -> tuple[int, int]:
+    """(routed experts of every layer that are asked for, bytes of one); auto takes what is left, a list's
+    length is not known yet: 0."""
+    from .hybrid.choose import parse_request
+    from .hybrid.untile import expert_device_bytes
+
+    shape = (manifest.model.hidden_size, manifest.model.moe_intermediate_size)
+    formats = {name for file in manifest.experts.values() for name in file.names}
+    number, _ = parse_request(gpu_experts)
+    return number or 0, max((expert_device_bytes(name, *shape) for name in formats), default=0)
 
 
 def expert_source(

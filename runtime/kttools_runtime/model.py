@@ -18,7 +18,7 @@ from .mlp import GatedMLP
 from .moe import MoELayer, RoutedExperts
 from .norm import RMSNorm
 from .rope import Rope
-from .step import MAX_STEP_TOKENS, Steps
+from .step import NativeHalves
 from .torch_threads import set_torch_threads
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ Attention = LatentAttention | GroupedQueryAttention
 class DecoderLayer:
     """One transformer layer; the residual stream is float32."""
 
-    __slots__ = ("attention", "attention_norm", "mlp", "mlp_norm")
+    __slots__ = ("attention", "attention_norm", "mlp", "mlp_norm", "native")
 
     def __init__(
         self,
@@ -51,11 +51,17 @@ class DecoderLayer:
         self.attention = attention
         self.mlp_norm = mlp_norm
         self.mlp = mlp
+        self.native: NativeHalves | None = None
 
-    def add_to(self, hidden: Tensor, step: Step, cache: Tensor) -> None:
+    def attend(self, hidden: Tensor, step: Step, cache: Tensor) -> None:
         """hidden [num_tokens, hidden_size] is updated in place; so is this layer's cache."""
-        hidden += self.attention(self.attention_norm(hidden), step, cache)
-        hidden += self.mlp(self.mlp_norm(hidden))
+        if self.native is None or not self.native.attend(hidden, step, cache):
+            hidden += self.attention(self.attention_norm(hidden), step, cache)
+
+    def mix(self, hidden: Tensor) -> None:
+        """The second half: hidden [num_tokens, hidden_size] is updated in place."""
+        if self.native is None or not self.native.mix(hidden):
+            hidden += self.mlp(self.mlp_norm(hidden))
 
 
 class Model:
@@ -86,8 +92,6 @@ class Model:
         self._norm = norm
         self._head = head
         self._rope = Rope(config, placement.device)
-        is_native = placement.uses_cpu_kernels and not isinstance(layers, LayerStream)
-        self._steps = Steps(placement.pool, layers) if is_native else None
         self._tokenizer_dir = tokenizer_dir
         self._tokenizer: Tokenizer | None = None
 
@@ -209,11 +213,9 @@ class Model:
         set_torch_threads(self.config, self.dtype, self.threads, start, num_tokens)
         step = Step(start, num_tokens, self._rope.rotations(start, num_tokens))
         hidden = self._embedding[tokens].to(torch.float32)
-        if self._steps is not None and num_tokens <= MAX_STEP_TOKENS:
-            self._steps.forward(hidden, step, cache)
-        else:
-            for layer, rows in zip(self.layers, cache.layers, strict=True):
-                layer.add_to(hidden, step, rows)
+        for layer, rows in zip(self.layers, cache.layers, strict=True):
+            layer.attend(hidden, step, rows)
+            layer.mix(hidden)
         cache.length = start + num_tokens
         return hidden
 
@@ -296,7 +298,10 @@ def build_layer(
         mlp = GatedMLP(placement, f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
     before = build_norm(config, placement, f"{prefix}.input_layernorm")
     between = build_norm(config, placement, f"{prefix}.post_attention_layernorm")
-    return DecoderLayer(before, attention, between, mlp)
+    layer = DecoderLayer(before, attention, between, mlp)
+    if placement.uses_cpu_kernels:
+        layer.native = NativeHalves(placement.pool, layer)
+    return layer
 
 
 def build_norm(config: ModelConfig, placement: Placement, name: str) -> RMSNorm:

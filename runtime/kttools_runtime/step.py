@@ -1,8 +1,7 @@
-"""Decode on the CPU: a few tokens through a layer in two calls of C++, not some forty operations of torch.
+"""On the CPU: tokens through a layer in two calls of C++, not some forty operations of torch.
 
 The same arithmetic as the modules it is made of, in float32 between matrices; what has no native form
-(another kind of attention, a bias, an expert table, experts that are being recorded) runs as the module it
-is.
+(another kind of attention, a bias, experts that are being recorded) runs as the module it is.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from . import _kernels
 from .attention import LatentAttention, Step
-from .cache import KVCache
 from .experts import ExpertLayer
 from .linear import Linear, LinearGroup, PackedCpuLinear
 from .mlp import GatedMLP
@@ -26,39 +24,39 @@ if TYPE_CHECKING:
 MAX_STEP_TOKENS: int = _kernels.MAX_STEP_ROWS
 
 
-class Steps:
-    """The native halves of every layer, made once."""
+class NativeHalves:
+    """The two halves of a decoder layer as the kernels run them."""
 
-    __slots__ = ("_halves", "_layers")
+    __slots__ = ("_attention", "_mlp")
 
-    def __init__(self, engine: Any, layers: "Sequence[DecoderLayer]") -> None:
-        self._layers = layers
-        self._halves = [(_attention_step(engine, layer), _MlpStep(engine, layer)) for layer in layers]
+    def __init__(self, engine: Any, layer: "DecoderLayer") -> None:
+        self._attention = _attention_step(engine, layer)
+        self._mlp = _MlpStep(engine, layer)
 
-    def forward(self, hidden: Tensor, step: Step, cache: KVCache) -> None:
-        """hidden [T, hidden_size] float32, T <= MAX_STEP_TOKENS, is updated in place; so is the cache."""
-        array = hidden.numpy()
-        rotations = torch.view_as_real(step.rotations).view(step.num_tokens, -1).numpy()
-        for index, (attention, mlp) in enumerate(self._halves):
-            layer = self._layers[index]
-            if attention is None:
-                hidden += layer.attention(layer.attention_norm(hidden), step, cache.layers[index])
-            else:
-                attention.forward(array, rotations, cache.array(index), step.start)
-            native = mlp.current()
-            if native is None:
-                hidden += layer.mlp(layer.mlp_norm(hidden))
-            else:
-                native.forward(array)
+    def attend(self, hidden: Tensor, step: Step, cache: Tensor) -> bool:
+        """hidden [T, hidden_size] float32 and rows of the layer's cache, updated in place.
+
+        False and nothing done where the kernels have no such attention.
+        """
+        native = self._attention
+        if native is None or (step.num_tokens > MAX_STEP_TOKENS and not native.takes_many):
+            return False
+        native.forward(hidden.numpy(), step.pairs, cache.view(torch.uint16).numpy(), step.start)
+        return True
+
+    def mix(self, hidden: Tensor) -> bool:
+        """The same for the mixture or dense half."""
+        return self._mlp.forward(hidden)
 
 
 class _MlpStep:
-    """The second half of a layer, and whether the native one still stands for it."""
+    """The second half of a layer, as long as its experts are the ones it was made with."""
 
-    __slots__ = ("_experts", "_moe", "_native")
+    __slots__ = ("_experts", "_moe", "_native", "_norm")
 
     def __init__(self, engine: Any, layer: "DecoderLayer") -> None:
         mlp = layer.mlp
+        self._norm = layer.mlp_norm
         self._moe = mlp if isinstance(mlp, MoELayer) else None
         self._experts: RoutedExperts | None = mlp.experts if isinstance(mlp, MoELayer) else None
         if isinstance(mlp, MoELayer):
@@ -66,12 +64,20 @@ class _MlpStep:
         else:
             self._native = _dense_step(engine, layer.mlp_norm, mlp)
 
-    def current(self) -> Any:
-        """The native step, or None while a table chooses experts or others stand in for them."""
-        moe = self._moe
-        if moe is not None and (moe.router.table is not None or moe.experts is not self._experts):
-            return None
-        return self._native
+    def forward(self, hidden: Tensor) -> bool:
+        """Whether the step could. A table's choice is made by the module and carried out by the step."""
+        moe, native = self._moe, self._native
+        if native is None or (moe is not None and moe.experts is not self._experts):
+            return False
+        if moe is None or moe.router.table is None:
+            native.forward(hidden.numpy())
+        else:
+            x = self._norm(hidden)
+            ids, weights = moe.router(x)
+            native.forward_routed(
+                hidden.numpy(), x.numpy(), ids.contiguous().numpy(), weights.contiguous().numpy()
+            )
+        return True
 
 
 def _norm(norm: RMSNorm) -> tuple[Any, float]:

@@ -55,6 +55,12 @@ def splice(rng: random.Random, data: bytearray, seeds: Sequence[bytes]) -> None:
     data[_at(rng, data) :] = other[at:]
 
 
+def put_word(rng: random.Random, data: bytearray, words: Sequence[bytes]) -> None:
+    """Over what is there, or between."""
+    word, at = rng.choice(words), _at(rng, data)
+    data[at : at + (len(word) if rng.random() < 0.5 else 0)] = word
+
+
 MUTATIONS: tuple[Mutation, ...] = (
     flip_bit,
     set_byte,
@@ -68,13 +74,19 @@ MUTATIONS: tuple[Mutation, ...] = (
 )
 
 
-def mutated(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
-    """One seed with one to four changes, most of them near its start, where headers are."""
+def mutated(rng: random.Random, seeds: Sequence[bytes], words: Sequence[bytes] = ()) -> bytes:
+    """One seed with one to four changes, most of them near its start, where headers are.
+
+    words: of the format's dictionary; one change in five puts one of them somewhere.
+    """
     data = bytearray(rng.choice(seeds))
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         if not data:
             break
-        rng.choice(MUTATIONS)(rng, data, seeds)
+        if words and rng.random() < 0.2:
+            put_word(rng, data, words)
+        else:
+            rng.choice(MUTATIONS)(rng, data, seeds)
     return bytes(data)
 
 

@@ -12,6 +12,7 @@ from kttools.checkpoint.gguf.splits import open_files
 from kttools.checkpoint.gguf.types import TYPES
 from kttools.checkpoint.gguf.views import read_rows
 from kttools.families import open_model
+from kttools.families.gpt_oss_tensors import GptOssWeights
 from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.tokenizer import Tokenizer
 from tests.checkpoint import test_fp8, test_gguf_hostile, test_gguf_sentencepiece
@@ -54,12 +55,29 @@ def run_gguf(file: Path) -> None:
 def safetensors_seeds(folder: Path) -> list[bytes]:
     save(folder / "a.safetensors", hub_tensors(config()))
     save(folder / "b.safetensors", {"w": test_fp8.CODES, "w_scale_inv": test_fp8.SCALES})
-    return [(folder / name).read_bytes() for name in ("a.safetensors", "b.safetensors")]
+    save(folder / "c.safetensors", mxfp4_tensors())
+    save(folder / "d.safetensors", {"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)})
+    return [(folder / f"{name}.safetensors").read_bytes() for name in "abcd"]
+
+
+def mxfp4_tensors() -> dict[str, torch.Tensor]:
+    """The experts of a layer of gpt-oss: 2 of hidden_size 32 and inner size 64."""
+    prefix = "model.layers.0.mlp.experts."
+    return {
+        f"{prefix}gate_up_proj_blocks": torch.arange(2 * 128 * 16).to(torch.uint8).view(2, 128, 1, 16),
+        f"{prefix}gate_up_proj_scales": torch.full((2, 128, 1), 120, dtype=torch.uint8),
+        f"{prefix}gate_up_proj_bias": torch.ones(2, 128),
+        f"{prefix}down_proj_blocks": torch.arange(2 * 32 * 32).to(torch.uint8).view(2, 32, 2, 16),
+        f"{prefix}down_proj_scales": torch.full((2, 32, 2), 120, dtype=torch.uint8),
+        f"{prefix}down_proj_bias": torch.ones(2, 32),
+        "model.norm.weight": torch.ones(32),
+    }
 
 
 def run_safetensors(file: Path) -> None:
     _read_all(open_checkpoint(file))
     _read_all(open_checkpoint(file, test_fp8.QUANTIZATION))
+    _read_all(GptOssWeights(open_checkpoint(file, {"quant_method": "mxfp4"})))
 
 
 def index_seeds(folder: Path) -> list[bytes]:

@@ -103,17 +103,18 @@ def test_deepseek_v3_in_4_bits_beside_the_published_382_gb(
     assert experts == pytest.approx(653.9e9 * 4.25 / 8, rel=3e-3)
 
 
-@V3
-def test_gguf_blocks_are_sized_by_the_pack_code(directory: Path) -> None:
+@pytest.mark.parametrize(("name", "bits"), [("q4_k", 4.5), ("q6_k", 6.5625), ("q8_0", 8.5)])
+def test_gguf_blocks_are_sized_by_the_pack_code(name: str, bits: float) -> None:
+    """What smaller formats a remedy may name beside them: never another kind of block."""
+    from kttools.plan.layout import smaller_cpu_formats
     from kttools_runtime import _kernels
 
-    bits = {"q4_k": 4.5, "q6_k": 6.5625, "q8_0": 8.5}
-    known = {name: value for name, value in bits.items() if name in _kernels.FORMATS}
-    if not known:
-        pytest.skip("the kernels know none of q4_k, q6_k, q8_0")
-    for name, value in known.items():
-        size = _kernels.expert_bytes(name, 7168, 2048)
-        assert size == pytest.approx(3 * 7168 * 2048 * value / 8, rel=0.01)
+    size = _kernels.expert_bytes(name, 7168, 2048)
+    assert size == pytest.approx(3 * 7168 * 2048 * bits / 8, rel=0.01)
+    below = smaller_cpu_formats(name)
+    assert "int4_g128" in below
+    assert not set(below) & set(_kernels.BLOCK_FORMATS)
+    assert all(_kernels.expert_bytes(other, 7168, 2048) < size for other in below)
 
 
 @V3

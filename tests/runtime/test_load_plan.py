@@ -73,6 +73,17 @@ def test_vram_is_checked_too(nano_bundle: Path) -> None:
         load_plan.make_load_plan(request, 1 << 40, (needed - 1,)).check()
 
 
+def test_too_many_hot_experts_are_too_much_vram(nano_bundle: Path) -> None:
+    request = load_plan.replace(plan_of(nano_bundle).request, devices=(0,), expert_bytes=50_000)
+    rest = request.on_devices()[0].total
+    asked = load_plan.replace(request, hot_experts=20)
+    assert asked.on_devices()[0].total == rest + 3 * 20 * 50_000
+    free = rest + 3 * 7 * 50_000 + 10
+    with pytest.raises(ResourceError, match=r"nearest plan that fits: --gpu-experts 7 \("):
+        load_plan.make_load_plan(asked, 1 << 40, (free,)).check()
+    load_plan.make_load_plan(load_plan.replace(request, hot_experts=7), 1 << 40, (free,)).check()
+
+
 def test_it_can_be_overruled(nano_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 20)
     assert kt.load(nano_bundle, threads=1, check_memory=False).threads == 1

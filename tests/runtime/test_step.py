@@ -37,18 +37,21 @@ def decoded(model: Model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def without_steps(model: Model, run: Any) -> Any:
-    steps, model._steps = model._steps, None
+    halves = [layer.native for layer in model.layers]
+    for layer in model.layers:
+        layer.native = None
     try:
         return run()
     finally:
-        model._steps = steps
+        for layer, native in zip(model.layers, halves, strict=True):
+            layer.native = native
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("experts", "linears"), [("bf16", "bf16"), ("int8", "int4")])
 def test_steps_equal_modules(nano: Any, text: torch.Tensor, experts: str, linears: str, threads: int) -> None:
     model = runtime_model(nano, torch.bfloat16, experts, linears, threads=threads)
-    assert model._steps is not None
+    assert all(layer.native is not None for layer in model.layers)
     native = decoded(model, text)
     plain = without_steps(model, lambda: decoded(model, text))
     assert_same_distribution(native, plain, STEP_KL if experts == "bf16" else INT8_KL)
@@ -61,6 +64,16 @@ def test_steps_of_every_config(name: str) -> None:
     tokens = torch.randint(0, model.config.vocab_size, (40,), generator=torch.Generator().manual_seed(1))
     native = decoded(model, tokens)
     assert mean_kl(native, without_steps(model, lambda: decoded(model, tokens))) < 2e-3
+
+
+@pytest.mark.parametrize(("experts", "linears"), [("bf16", "bf16"), ("int8", "int4")])
+def test_prefill_equals_modules(nano: Any, text: torch.Tensor, experts: str, linears: str) -> None:
+    model = runtime_model(nano, torch.bfloat16, experts, linears, threads=2)
+    plain = without_steps(model, lambda: model.logits(text))
+    for chunk_size in (None, 50, 7):
+        native = model.logits(text, chunk_size)
+        assert_same_distribution(native, plain, STEP_KL if experts == "bf16" else INT8_KL)
+        assert not torch.equal(native, plain)
 
 
 def test_two_to_four_tokens_are_a_step_too(nano: Any, text: torch.Tensor) -> None:
@@ -110,7 +123,9 @@ def test_tables_and_recorders_are_not_passed_by(nano: Any, text: torch.Tensor) -
     assert len(seen) == 1
     moe.experts = own
     moe.router.table = _DropAll()
-    assert not torch.equal(model.decode(5, model.new_cache(1)), plain)
+    dropped = model.decode(5, model.new_cache(1))
+    assert not torch.equal(dropped, plain)
+    assert_close(dropped, without_steps(model, lambda: model.decode(5, model.new_cache(1))), 2**-6)
     moe.router.table = None
     assert torch.equal(model.decode(5, model.new_cache(1)), plain)
 
@@ -123,7 +138,7 @@ class _DropAll:
 
 
 def test_the_reference_path_has_no_steps(nano: Any) -> None:
-    assert runtime_model(nano, torch.float32)._steps is None
+    assert all(layer.native is None for layer in runtime_model(nano, torch.float32).layers)
 
 
 # Prints the peak of a process that prefills 8192 tokens, in one chunk or in chunks of 4096.

@@ -24,7 +24,7 @@ SEEK_FRAME_MAGIC = 0x184D2A5E
 SEEK_MAGIC = 0x8F92EAB1
 MAX_PARTS = 99_999
 MAX_MEMBERS = 65_536
-MAX_FRAMES = 1 << 22  # of one part: 16 TiB
+MAX_FRAMES = 1 << 22  # of one part: 4 TiB
 MAX_PAYLOAD_BYTES = 1 << 62
 # A frame cannot be smaller: magic, header, one block, checksum.
 MIN_FRAME_BYTES = 13

@@ -69,18 +69,19 @@ class Staging:
             )
 
     def write_small(self, name: str, data: bytes) -> None:
-        """A file from memory, flushed."""
+        """A file from memory."""
         file = StagedFile(self.root / name, len(data))
         try:
             file.write(0, data, with_holes=False)
-            file.flush()
         finally:
             file.close()
 
     def finish(self) -> None:
-        """Flushes the folders and gives the whole its name; the files are flushed."""
+        """Flushes all files and folders and gives the whole its name."""
         try:
-            for folder, _, _ in os.walk(self.root):
+            for folder, _, files in os.walk(self.root):
+                for name in files:
+                    flush(Path(folder) / name)
                 flush(Path(folder))
             os.rename(self.root, self.target)
             flush(self.target.parent)
@@ -133,13 +134,6 @@ class StagedFile:
             for begin, end in runs:
                 while begin < end:
                     begin += os.pwrite(self.descriptor, view[begin:end], offset + begin)
-        except OSError as error:
-            raise translate_oserror(error, self.path) from error
-
-    def flush(self) -> None:
-        """Its bytes are on disk. Raises ResourceError, KTError."""
-        try:
-            os.fsync(self.descriptor)
         except OSError as error:
             raise translate_oserror(error, self.path) from error
 

@@ -1,9 +1,9 @@
 """Archive files into a bundle: frames decoded by all threads, every byte hashed before anything has its name.
 
-A frame's way: read, decoded, held against the index, written to its place in a hidden folder; then hashed
-in the order of its file by whichever thread completes the order. When a file's SHA-256 is the manifest's, it
-is flushed; when all are, the folder is renamed. A rerun takes a frame from the folder instead where it is
-already there, after the same check.
+A frame's way: read, decoded, held against the index; then, in the order of its file and by whichever thread
+completes the order, written to a file in a hidden folder and hashed. When the hash of every file is the
+manifest's, all are flushed and the folder is renamed. A rerun takes a frame from the folder instead where it
+is already there, after the same check.
 """
 
 import os
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kttools_runtime.errors import InvalidInputError
-from kttools_runtime.manifest import MANIFEST_NAME, parse_manifest, presence_problem
+from kttools_runtime.manifest import MANIFEST_NAME, SIGNATURE_NAME, parse_manifest, presence_problem
 
 from .layout import Frame
 from .reader import Archive
@@ -24,7 +24,7 @@ from .staging import StagedFile, Staging
 
 MAX_FILES_AT_ONCE = 4
 # What shrinks so much is zeros, which take no space where there are holes.
-HOLE_RATIO = 4096
+HOLE_RATIO = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ class Unpacked:
 class Unpacker:
     """Files of an archive into the new folder `target`.
 
-    names: members to take. replaced: members whose bytes are given instead (a part's manifest). Raises
+    names: members to take. replaced: members whose bytes are given instead (a part's manifest). is_exchange:
+    compare SHA-256, as is done anyway where the manifest is signed, and not XXH3. Raises
     CorruptFileError, InvalidInputError (a part is missing), ResourceError (no space), UsageError (the target
     exists), KTError (another process is at it); the target then does not exist.
     """
@@ -53,11 +54,14 @@ class Unpacker:
         names: list[str],
         replaced: dict[str, bytes] | None = None,
         threads: int | None = None,
+        is_exchange: bool = False,
     ) -> None:
         self.archive = archive
         self.staging = Staging(target)
         manifest = {MANIFEST_NAME: archive.manifest_data} if MANIFEST_NAME in names else {}
         self.replaced = manifest | (replaced or {})
+        is_signed = any(member.name == SIGNATURE_NAME for member in archive.members)
+        self.hash = "sha256" if is_exchange or is_signed else "xxh3_128"
         self.threads = threads or len(os.sched_getaffinity(0))
         self._chosen = [i for i, member in enumerate(archive.members) if member.name in set(names)]
         self._decode = [i for i in self._chosen if archive.members[i].name not in self.replaced]
@@ -123,30 +127,26 @@ class Unpacker:
         window = Window(2 * self.threads + MAX_FILES_AT_ONCE)
         sinks: dict[int, FileSink] = {}
         pool = ThreadPoolExecutor(self.threads, "unpack")
-        flusher = ThreadPoolExecutor(1, "flush")
         try:
             for frame in self._in_turns():
                 window.enter()
                 if frame.member not in sinks:
-                    sinks[frame.member] = self._open(frame.member, flusher, window, on_bytes)
+                    sinks[frame.member] = self._open(frame.member, window, on_bytes)
                 pool.submit(self._process, frame, sinks[frame.member], window)
             window.wait_empty()
-            for sink in sinks.values():
-                sink.wait_flushed()
         finally:
             pool.shutdown(cancel_futures=True)
-            flusher.shutdown(cancel_futures=True)
             for sink in sinks.values():
                 sink.file.close()
 
     def _in_turns(self) -> Iterator[Frame]:
-        """Frames of a few files in turn, large ones first: SHA-256 takes a file in order, a thread each."""
+        """Large files first, and with many threads a few at a time: a hash takes a file in order."""
         members = self.archive.members
         largest = deque(sorted(self._decode, key=lambda index: -members[index].bytes))
         layout = self.archive.layout
         active: deque[Iterator[int]] = deque()
         while largest or active:
-            while largest and len(active) < min(MAX_FILES_AT_ONCE, self.threads):
+            while largest and len(active) < max(1, min(MAX_FILES_AT_ONCE, self.threads // 2)):
                 active.append(iter(layout.frames_of(largest.popleft())))
             numbers = active.popleft()
             number = next(numbers, None)
@@ -154,14 +154,12 @@ class Unpacker:
                 active.append(numbers)
                 yield layout.frame(number)
 
-    def _open(
-        self, index: int, flusher: ThreadPoolExecutor, window: Window, on_bytes: Callable[[int], object]
-    ) -> FileSink:
+    def _open(self, index: int, window: Window, on_bytes: Callable[[int], object]) -> FileSink:
         member = self.archive.members[index]
         file = StagedFile(self.staging.root / member.name, member.bytes)
         entry = self.archive.manifest.files.get(member.name)
         frames = self.archive.layout.frames_of(index)
-        return FileSink(file, frames, Verdict(entry, self.archive.name), flusher, window, on_bytes)
+        return FileSink(file, frames, Verdict(entry, self.hash, self.archive.name), window, on_bytes)
 
     def _process(self, frame: Frame, sink: FileSink, window: Window) -> None:
         """In a worker. An error goes to whoever waits at the window."""
@@ -170,7 +168,7 @@ class Unpacker:
             with self._counts_lock:
                 self._kept += is_kept
                 self._decoded += not is_kept
-            sink.deliver(frame, data)
+            sink.deliver(frame, data, is_kept)
         except BaseException as error:
             window.fail(error)
 
@@ -180,10 +178,7 @@ class Unpacker:
             data = file.read(frame.offset, frame.bytes)
             if self.archive.is_content(frame, data):
                 return data, True
-        data = self.archive.read(frame)
-        if frame.is_data:
-            file.write(frame.offset, data)
-        return data, False
+        return self.archive.read(frame), False
 
 
 def _ignore(_: int) -> None:

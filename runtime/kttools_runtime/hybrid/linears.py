@@ -20,6 +20,8 @@ from kttools_runtime.weights import LinearWeights
 # Rows from which an int4 or int8 matrix is expanded to bf16 once for a matrix product: a packed kernel reads
 # it for a few rows at a time, and a product of many is bound by arithmetic. An assumption, not measured.
 DENSE_ROWS = 128
+# Of a matrix expanded at a time: the largest of DeepSeek-V3's attention is 470 MB.
+EXPANDED_BYTES = 64 << 20
 KINDS = ("auto", "packed", "triton", "dense")
 # _weight_int4pack_mm: inner tiles of 16 inputs, columns of a tile.
 INNER_K_TILES = 8
@@ -112,14 +114,25 @@ class CodesLinear:
 
             out = codes_matmul(x, self.parts, self.row_scale)
         else:
-            out = functional.linear(x, self._expanded()).to(torch.float32) * self.row_scale
+            out = self._expanded_product(x)
         return out if self.bias is None else out.add_(self.bias)
 
-    def _expanded(self) -> Tensor:
-        """[N, K] without the rows' scales: integers of at most 8 bits, exact in bfloat16."""
+    def _expanded_product(self, x: Tensor) -> Tensor:
+        """With the codes expanded some rows at a time: the head of DeepSeek-V3 alone is 1.9 GB in bf16."""
+        rows = len(self.row_scale)
+        step = max(1, EXPANDED_BYTES // (self.in_features * self.dtype.itemsize))
+        out = torch.empty(x.shape[0], rows, device=x.device)
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            product = functional.linear(x, self._expanded(part)).to(torch.float32)
+            torch.mul(product, self.row_scale[part], out=out[:, part])
+        return out
+
+    def _expanded(self, rows: slice) -> Tensor:
+        """[rows, K] without the rows' scales: integers of at most 8 bits, exact in bfloat16."""
         if len(self.parts) == 1:
-            return self.parts["qweight"].to(self.dtype)
-        q, scale, zero = (self.parts[name] for name in ("qweight", "group_scale", "group_zero"))
+            return self.parts["qweight"][rows].to(self.dtype)
+        q, scale, zero = (self.parts[name][rows] for name in ("qweight", "group_scale", "group_zero"))
         return expand_int4(q, scale, zero, self.dtype)[:, : self.in_features]
 
 

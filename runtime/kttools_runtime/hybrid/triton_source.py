@@ -13,10 +13,10 @@ def slots_kernel(
     slots_ptr,
     out_ptr,
     num_rows,
-    num_inputs,
     code_bytes,
     num_groups,
     x_stride,
+    COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     IS_INT4: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -31,7 +31,7 @@ def slots_kernel(
     if slot >= 0:
         total = tl.zeros((ROWS,), tl.float32)
         first = (slot * num_rows + row).to(tl.int64)
-        for start in range(0, num_inputs, INPUTS):
+        for start in range(0, COLUMNS, INPUTS):
             if IS_INT4:
                 byte = start // 2 + tl.arange(0, INPUTS // 2)
                 is_byte = byte < code_bytes
@@ -43,12 +43,12 @@ def slots_kernel(
                 low = (both & 15).to(tl.float32) * scale - zero
                 high = (both >> 4).to(tl.float32) * scale - zero
                 at = x_ptr + pair * x_stride + 2 * byte
-                even = tl.load(at, mask=2 * byte < num_inputs, other=0.0).to(tl.float32)
-                odd = tl.load(at + 1, mask=2 * byte + 1 < num_inputs, other=0.0).to(tl.float32)
+                even = tl.load(at, mask=2 * byte < COLUMNS, other=0.0).to(tl.float32)
+                odd = tl.load(at + 1, mask=2 * byte + 1 < COLUMNS, other=0.0).to(tl.float32)
                 total += tl.sum(low * even[None, :] + high * odd[None, :], axis=1)
             else:
                 k = start + tl.arange(0, INPUTS)
-                is_input = k < num_inputs
+                is_input = k < COLUMNS
                 mask = is_row[:, None] & is_input[None, :]
                 weight = tl.load(codes_ptr + first[:, None] * code_bytes + k[None, :], mask=mask, other=0)
                 value = tl.load(x_ptr + pair * x_stride + k, mask=is_input, other=0.0).to(tl.float32)

@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 import zstandard
 
-FRAME = 4 << 20
+FRAME = 1 << 20
 
 
 def zstd(content: bytes, **changes: Any) -> bytes:

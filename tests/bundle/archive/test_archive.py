@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -17,12 +18,14 @@ import pytest
 import zstandard
 
 from kttools import cli
-from kttools.bundle.archive import Archive, Packer, Unpacked, Unpacker, staging
+from kttools.bundle.archive import Archive, Packer, Unpacked, Unpacker, index, staging
 from kttools.bundle.archive.frames import decode_frame, encode_frame, store_frame
 from kttools.bundle.archive.layout import FRAME_BYTES, Layout, Member, tar_header
 from kttools.bundle.archive.staging import filled_runs
 from kttools.bundle.lock import hold_directory
+from kttools_runtime import strict_json
 from kttools_runtime.errors import CorruptFileError, KTError, ResourceError, UsageError
+from kttools_runtime.manifest import self_sha256
 from tests.bundle.archive.archive_forge import of_bundle, tar_frames
 from tests.bundle.archive.conftest import BLOB
 
@@ -135,6 +138,25 @@ def test_tar_headers_of_large_files_and_long_names() -> None:
         assert frame.bytes == len(expected[frame.number])
         if not frame.is_data:
             assert layout.framing(frame.member) == expected[frame.number]
+
+
+def test_a_signed_bundle_is_held_against_sha256(sound_bundle: Path, tmp_path: Path) -> None:
+    """A manifest whose XXH3 is right and whose SHA-256 is not: what a forger of files could make."""
+    root = shutil.copytree(sound_bundle, tmp_path / "bundle")
+    document = strict_json.read_object(root / "bundle.json")
+    document["files"][-1]["sha256"] = "a" * 64
+    document["manifest_sha256"] = self_sha256(document)
+    (root / "bundle.json").write_bytes(strict_json.canonical(document))
+    Packer(root, tmp_path / "a.ktz").run()
+    unpack([tmp_path / "a.ktz"], tmp_path / "unasked")
+    with pytest.raises(CorruptFileError, match="expected sha256 aaaa"):
+        unpack([tmp_path / "a.ktz"], tmp_path / "asked", is_exchange=True)
+    (root / "bundle.json.sig").write_bytes(b"signed")
+    Packer(root, tmp_path / "b.ktz").run()
+    with pytest.raises(CorruptFileError, match="expected sha256 aaaa"):
+        unpack([tmp_path / "b.ktz"], tmp_path / "signed")
+    assert not (tmp_path / "asked").exists()
+    assert not (tmp_path / "signed").exists()
 
 
 def test_parts(split: list[Path], large_bundle: Path, tmp_path: Path) -> None:
@@ -404,3 +426,18 @@ def test_commands(large_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert run("unpack", parts[0], "-o", tmp_path / "x", "--layers", "7")[0] == 2
     assert run("pack", large_bundle, "-o", tmp_path / "b.ktz", "--split-size", "many")[0] == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_the_document_tells_the_offsets(repo: Path) -> None:
+    """The table of docs/archive.md against the struct of the code: types, offsets, constants."""
+    text = (repo / "docs/archive.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (u32|u64|8s|32s) \| (\w+) \|", text, re.MULTILINE)
+    letters = {"u32": "I", "u64": "Q", "8s": "8s", "32s": "32s"}
+    assert "<" + "".join(letters[kind] for _, kind, _ in rows) == "<II" + index.HEADER.format[1:]
+    sizes = [struct.calcsize("<" + letters[kind]) for _, kind, _ in rows]
+    assert [int(offset) for offset, _, _ in rows] == [sum(sizes[:at]) for at in range(len(sizes))]
+    for value in (index.INDEX_FRAME_MAGIC, index.SEEK_FRAME_MAGIC, index.SEEK_MAGIC):
+        assert f"0x{value:X}" in text
+    for number in (FRAME_BYTES, index.MAX_FRAMES, index.MAX_MEMBERS, index.MAX_PARTS):
+        assert str(number) in text
+    assert f"`{index.MAGIC.decode()}`" in text
