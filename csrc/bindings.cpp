@@ -354,6 +354,7 @@ PYBIND11_MODULE(_kernels, m) {
            py::arg("simulated_nodes") = 0)
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("nodes", &Engine::nodes)
+      .def_property_readonly("scratch_bytes", &Engine::scratch_bytes)
       .def_property_readonly("isa", [](const Engine& engine) { return engine.kernels().name; });
 
   m.def("measure_bandwidth", &bandwidth_of_bytes, py::arg("engine"), py::arg("bytes"));

@@ -39,6 +39,18 @@ StripCounter::Run Engine::share(int strips, int node) const {
 
 const KernelTable& Engine::select_table(const std::string& isa) { return select_isa(isa); }
 
+size_t Engine::scratch_bytes() const {
+  size_t bytes = 0;
+  for (const Buffer* buffer :
+       {&stage.int8, &stage.scale, &stage.sum, &stage.bf16, &stage.f32, &stage.blocks, &tiles, &hidden, &hidden_rows,
+        &step.normed, &step.projected, &step.inner, &step.heads, &step.out, &step.routed})
+    bytes += buffer->capacity();
+  for (const GemmScratch& worker : gemm_)
+    bytes += worker.c.capacity() + worker.expanded.capacity() + worker.rows.capacity();
+  for (const Buffer& worker : step.workers) bytes += worker.capacity();
+  return bytes;
+}
+
 int Engine::workers_for(size_t weight_bytes, int rows) const {
   // Waking a worker costs about 2 us; a core reads 32 KiB of weights in that time, or multiplies them with 16 rows.
   constexpr size_t kBytesPerWorker = 64 << 10;

@@ -88,6 +88,9 @@ class Engine {
   std::mutex& busy() { return pool_.check_process(), busy_; }
   std::mutex& stepping() { return pool_.check_process(), stepping_; }
 
+  // Scratch memory held now: what the largest forward and step so far needed.
+  size_t scratch_bytes() const;
+
   // Workers worth waking for this many bytes of weights or arithmetic of that size.
   int workers_for(size_t weight_bytes, int rows) const;
 

@@ -31,6 +31,7 @@ class Buffer {
     return static_cast<T*>(data_);
   }
   uint8_t* bytes() const { return as<uint8_t>(); }
+  size_t capacity() const { return bytes_; }
 
  private:
   void* data_ = nullptr;

@@ -45,6 +45,7 @@ class Row:
     ceilings: Ceilings
     ratio: float | None = None  # peer's median over ours, on our rows when a peer ran
     huge_page_share: float | None = None  # of the weights; None: not known
+    scratch_bytes: int | None = None  # of our engine behind this row, which only grows; None: a peer
 
     @property
     def median_s(self) -> float:
@@ -64,7 +65,10 @@ class Row:
 
 def default_repeat(num_tokens: int) -> int:
     """Calls per row: more where a call is short."""
-    return 21 if num_tokens <= 16 else 11 if num_tokens <= 256 else 7 if num_tokens <= 1024 else 5
+    for most_tokens, calls in ((16, 21), (256, 11), (1024, 7), (4096, 5)):
+        if num_tokens <= most_tokens:
+            return calls
+    return 3
 
 
 def random_ids(generator: torch.Generator, num_tokens: int, shape: LayerShape) -> torch.Tensor:
@@ -127,11 +131,11 @@ def run(
         memory = huge_memory(LEAST_PROBE_BYTES)
         memory[:] = 1
     log = CeilingLog(engine.native, memory, "bf16" if plan.format == "bf16" else "int8")
-    ours.call(max(plan.tokens))  # scratch of its full size
     log.measure()
     rows: list[Row] = []
     for num_tokens in plan.tokens:
         notice(f"{num_tokens} tokens")
+        ours.call(num_tokens)  # scratch of its full size
         repeat = plan.repeat or default_repeat(num_tokens)
         mine, theirs = _alternate(ours, peer, num_tokens, repeat, log)
         log.measure()
@@ -182,6 +186,7 @@ def _rows(
             ceilings=nearest(log.entries, calls[len(calls) // 2].at),
             ratio=ratio,
             huge_page_share=side.huge_page_share,
+            scratch_bytes=engine.native.scratch_bytes if side is ours else None,
         )
 
     if peer is None:

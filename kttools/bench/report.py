@@ -87,6 +87,7 @@ def expert_record(row: Row) -> Record:
         "ceiling_tops": row.ceilings.compute_ops_s / 1e12,
         "ratio": row.ratio,
         "huge_page_share": row.huge_page_share,
+        "scratch_mib": None if row.scratch_bytes is None else row.scratch_bytes / 2**20,
     }
 
 
@@ -102,6 +103,7 @@ EXPERT_COLUMNS = {
     "ceiling_gb_s": "ceiling GB/s",
     "ceiling_tops": "ceiling TOPS",
     "ratio": "peer / ours",
+    "scratch_mib": "scratch MiB",
 }
 MODEL_COLUMNS = {
     "engine": "engine",

@@ -106,6 +106,9 @@ class Engine:
     @property
     def nodes(self) -> int: ...
     @property
+    def scratch_bytes(self) -> int:
+        """Held now: what the largest call so far needed."""
+    @property
     def isa(self) -> str: ...
 
 @final

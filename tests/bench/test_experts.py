@@ -28,7 +28,7 @@ LLAMA_BENCH_FIELDS = {
 OUR_FIELDS = {
     "test", "engine", "format", "isa", "num_experts", "top_k", "experts_hit", "median_ms", "median_ts",
     "tops", "gb_s", "floor_ms", "roofline_fraction", "ceiling_gb_s", "ceiling_tops", "ratio",
-    "huge_page_share", "relative_error",
+    "huge_page_share", "relative_error", "scratch_mib",
 }  # fmt: skip
 SIZES = ["--shape", "128x64", "--experts", "6", "--top-k", "3"]
 COMMAND = ["bench", "experts", *SIZES, "--tokens", "1,5", "-r", "2", "-t", "1"]
@@ -93,7 +93,8 @@ def test_json_has_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
 def test_markdown_and_csv(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, "--no-accuracy"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split(" | ")[-3:] == ["ceiling GB/s", "ceiling TOPS", "peer / ours |"]
+    assert lines[0].split(" | ")[-3:] == ["ceiling TOPS", "peer / ours", "scratch MiB |"]
+    assert float(lines[2].split(" | ")[-1].rstrip(" |")) > 1
     assert lines[2].startswith("| kttools | 1 |")
     assert any("copies of one random expert" in line for line in lines)
     assert main([*COMMAND, "--no-accuracy", "-o", "csv"]) == 0
