@@ -1,4 +1,4 @@
-"""Thread pool and expert queue under ThreadSanitizer, AddressSanitizer and UBSan, in programs of their own."""
+"""Thread pool and expert queue under ThreadSanitizer, AddressSanitizer and UBSan, in own programs."""
 
 import os
 import shutil
