@@ -230,8 +230,9 @@ class MoeStep:
 class LatentStep:
     """hidden += multi-head latent attention of the normed hidden."""
 
-    takes_many: bool
-    """Whether more than MAX_STEP_ROWS tokens may come at once."""
+    @property
+    def takes_many(self) -> bool:
+        """Whether more than MAX_STEP_ROWS tokens may come at once."""
 
     def __init__(
         self,

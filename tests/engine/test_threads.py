@@ -85,6 +85,7 @@ def test_engines_come_and_go() -> None:
     experts, x, ids, weights = problem(76, "int8", 3)
     steady = ref.make_layer(_kernels.Engine(2), experts)
     expected = ref.forward(steady, x, ids, weights)
+    gc.collect()  # engines of other tests
     before = threads_of_process()
     for i in range(60):
         engine = _kernels.Engine(1 + i % 7)
