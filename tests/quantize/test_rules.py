@@ -65,7 +65,7 @@ def test_a_file(tmp_path: Path) -> None:
         ("layers.3.experts.0", "expected PATTERN = FORMAT, got 'layers.3.experts.0'"),
         ("= int8", "expected PATTERN = FORMAT"),
         ("lm_head =", "expected PATTERN = FORMAT"),
-        ("lm_head = q4_k", "unknown format 'q4_k': expected one of bf16, int8, int4, int4_g32"),
+        ("lm_head = q5_1", "unknown format 'q5_1': expected one of bf16, int8, int4, int4_g32"),
         ("lm_head = int8 = int4", "unknown format"),
         ("lm head = int8", "'lm head' is no part of a pattern"),
         ("layers..experts.0 = int8", "'' is no part of a pattern"),
