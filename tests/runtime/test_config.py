@@ -206,6 +206,15 @@ DEFAULTED: dict[str, Any] = {
 }
 
 
+GPT_OSS: dict[str, Any] = {
+    "attention_sinks": True,
+    "router_bias": True,
+    "expert_bias": True,
+    "swiglu_alpha": 1.5,
+    "swiglu_limit": 7.0,
+}
+
+
 def gqa(**changes: Any) -> ModelConfig:
     return ModelConfig.from_dict(GQA | changes)
 
@@ -216,10 +225,20 @@ def test_keys_with_a_default_are_left_out() -> None:
     assert gqa(**DEFAULTED).to_dict() == GQA | DEFAULTED
     assert make(latent_norm_eps=1e-5).to_dict() == VALUES | {"latent_norm_eps": 1e-5}
     names = {f.name for f in dataclasses.fields(ModelConfig)}
-    assert names == set(VALUES) | set(DEFAULTED) | {"latent_norm_eps"}
+    assert names == set(VALUES) | set(DEFAULTED) | set(GPT_OSS) | {"latent_norm_eps"}
 
 
-@pytest.mark.parametrize("key", [*DEFAULTED, "latent_norm_eps"])
+def test_keys_of_gpt_oss_are_kept_and_left_out() -> None:
+    plain = gqa(moe_layers=[0, 1, 2, 3], n_shared_experts=0)
+    model = gqa(moe_layers=[0, 1, 2, 3], n_shared_experts=0, **GPT_OSS)
+    assert model.to_dict() == plain.to_dict() | GPT_OSS
+    with pytest.raises(InvalidInputError, match="swiglu_alpha must be given together with swiglu_limit"):
+        gqa(moe_layers=[0, 1, 2, 3], n_shared_experts=0, swiglu_alpha=1.5)
+    with pytest.raises(InvalidInputError, match="swiglu_limit must be absent with dense layers"):
+        gqa(**GPT_OSS)
+
+
+@pytest.mark.parametrize("key", [*DEFAULTED, *GPT_OSS, "latent_norm_eps"])
 def test_a_stated_default_is_refused(key: str) -> None:
     default = {f.name: f.default for f in dataclasses.fields(ModelConfig)}[key]
     stated = list(default) if isinstance(default, tuple) else default

@@ -118,6 +118,23 @@ TEMPLATES = {
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{{- '\\n<think></think>' if enable_thinking is false else '' -}}
 {%- endif -%}""",
+    "gpt_oss": """{%- macro turn(role, text, channel=none) -%}
+<|start|>{{ role }}{% if channel %}<|channel|>{{ channel }}{% endif %}<|message|>{{ text }}<|end|>
+{%- endmacro -%}
+{{- turn('system', 'Reasoning: ' + (reasoning_effort if reasoning_effort is defined else 'medium')) }}
+{%- if tools %}
+    {%- for tool in tools %}{{- turn('developer', 'type ' + tool.function.name) }}{%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {{- turn('developer', '# Instructions\\n\\n' + message.content) }}
+    {%- elif message.role == 'assistant' %}
+        {{- turn('assistant', message.content, 'final') }}
+    {%- else %}
+        {{- turn(message.role, message.content) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}""",
 }
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hi <there> \u00e9"}
@@ -137,6 +154,7 @@ ENDINGS = {
     "qwen2_moe": "<|im_start|>user\nHi <there> \u00e9<|im_end|>\n<|im_start|>assistant\n",
     "mixtral": " [INST] Hi <there> \u00e9 [/INST]",
     "glm4_moe": "<|user|>\nHi <there> \u00e9<|assistant|>",
+    "gpt_oss": "<|start|>user<|message|>Hi <there> \u00e9<|end|><|start|>assistant",
 }
 
 
