@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kttools_runtime.errors import InvalidInputError
+from kttools_runtime.heap import keep_free_memory
 from kttools_runtime.manifest import MANIFEST_NAME, SIGNATURE_NAME, parse_manifest, presence_problem
 
 from .layout import Frame
@@ -81,6 +82,7 @@ class Unpacker:
         self.staging.check_target()
         names = [self.archive.members[index].name for index in self._chosen]
         self._check_space(names)
+        keep_free_memory()
         with self.staging.held(names):
             self.staging.check_target()
             self._take(on_bytes or _ignore)
