@@ -18,9 +18,9 @@ from kttools_runtime.errors import ResourceError, UsageError
 # A run of zeros this long, aligned, becomes a hole: some blocks of every common file system.
 HOLE_BYTES = 16 << 10
 ZEROS = bytes(HOLE_BYTES)
-# Bytes of one write. For a longer one the kernel takes large folios for the page cache, whose memory the virtual
-# machine's host had to find first: 4.5 GB in 11.7 to 14.2 s with 1 MiB, 7.9 to 8.1 with 128 KiB, 7.2 to 8.0 with
-# 32 KiB, 9.2 to 10.0 with 4 KiB (two cores, ext4).
+# Bytes of one write. For a longer one the kernel takes large folios for the page cache, whose memory the
+# virtual machine's host had to find first: 4.5 GB in 11.7 to 14.2 s with 1 MiB, 7.9 to 8.1 with 128 KiB, 7.2
+# to 8.0 with 32 KiB, 9.2 to 10.0 with 4 KiB (two cores, ext4).
 WRITE_BYTES = 64 << 10
 
 
