@@ -21,6 +21,8 @@ from kttools.bundle.byte_source import DirectorySource
 from kttools.bundle.hub.client import Hub
 from kttools.bundle.hub.pull import STATE_NAME as PULL_STATE
 from kttools.bundle.hub.pull import Puller
+from kttools.bundle.signing import sign_manifest
+from kttools.bundle.subset import Cutter
 from kttools.bundle.verify import verify_bundle
 from kttools.eval.reference_file import Answer, write_reference
 from kttools.eval.windows import Window
@@ -183,6 +185,16 @@ def _reference(folder: Path) -> None:
     write_reference(folder / "r.safetensors", "m", 1000, [window], [answer])
 
 
+def _subset(folder: Path) -> None:
+    Cutter(folder / "inputs" / "bundle", folder / "part", "2-3", None, None).run(lambda _: None)
+
+
+def _sign(folder: Path) -> None:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    sign_manifest(folder / "b", Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+
+
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
@@ -194,5 +206,7 @@ SCENARIOS = {
         Scenario("repair", _repair, _broken_bundle, is_resumable=True),
         Scenario("install", _install, _with_table),
         Scenario("reference", _reference, _nothing),
+        Scenario("subset", _subset, _nothing, is_resumable=True),
+        Scenario("sign", _sign, _old_bundle),
     )
 }
