@@ -5,12 +5,14 @@ import errno
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from kttools_runtime.errors import KTError, ResourceError
 
 TEMPORARY_SUFFIX = ".part"
+ATTEMPTS_TO_LOCK = 100
 
 
 @contextlib.contextmanager
@@ -40,19 +42,47 @@ def remove_leftovers(path: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+{re.escape(TEMPORARY_SUFFIX)}")
     for entry in path.parent.iterdir():
         if pattern.fullmatch(entry.name):
-            with contextlib.suppress(OSError), _held(entry):
+            with contextlib.suppress(OSError), _locked(entry, os.O_RDWR):
                 entry.unlink()
 
 
 @contextlib.contextmanager
 def _held(temporary: Path) -> Iterator[None]:
-    """The file, made if need be, locked for as long as the block or this process lasts. Raises OSError."""
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    """The file, made anew, locked for as long as the block or this process lasts. Raises OSError.
+
+    Between its making and its locking another writer may take it for a dead one's and remove it.
+    """
+    for attempt in range(ATTEMPTS_TO_LOCK):
+        with contextlib.ExitStack() as stack:
+            try:
+                descriptor = stack.enter_context(_locked(temporary, os.O_RDWR | os.O_CREAT))
+            except BlockingIOError:
+                if attempt + 1 == ATTEMPTS_TO_LOCK:
+                    raise
+                time.sleep(0.001)
+                continue
+            if is_still(temporary, descriptor):
+                yield
+                return
+    raise BlockingIOError(errno.EWOULDBLOCK, "other writers keep removing the partial file")
+
+
+@contextlib.contextmanager
+def _locked(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def is_still(path: Path, descriptor: int) -> bool:
+    """Whether what is open has its name yet: who held it before may have renamed or removed it."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

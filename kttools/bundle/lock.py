@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kttools_runtime.errors import KTError
 
-from .atomic import translate_oserror
+from .atomic import is_still, translate_oserror
 
 
 @contextlib.contextmanager
@@ -27,16 +27,8 @@ def hold_directory(path: Path) -> Iterator[None]:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise KTError(f"{path}: another process is writing this bundle; wait for it") from None
             raise translate_oserror(error, path) from error
-        if not _is_still(path, descriptor):
+        if not is_still(path, descriptor):
             raise KTError(f"{path}: another process has just finished here; run again")
         yield
     finally:
         os.close(descriptor)
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    """Whether the folder that is held has its name yet: who held it before may have renamed it."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False

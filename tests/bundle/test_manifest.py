@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x"]
     atomic_write_bytes(target, b"new")
     assert target.read_bytes() == b"new"
+
+
+def test_writers_that_take_each_others_file_for_a_dead_ones(tmp_path: Path) -> None:
+    """Four processes replace one file as fast as they can, each first tidying away what the dead left."""
+    target = tmp_path / "x"
+    program = (
+        "import pathlib, sys\n"
+        "from kttools.bundle.atomic import atomic_write_bytes\n"
+        "for _ in range(300):\n"
+        "    atomic_write_bytes(pathlib.Path(sys.argv[1]), sys.argv[2].encode() * 1000)\n"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", program, str(target), letter], stderr=subprocess.PIPE)
+        for letter in "abcd"
+    ]
+    said = [writer.communicate()[1].decode() for writer in writers]
+    assert [writer.returncode for writer in writers] == [0] * 4, said
+    assert target.read_bytes() in {letter * 1000 for letter in (b"a", b"b", b"c", b"d")}
+    assert os.listdir(tmp_path) == ["x"]
 
 
 def test_write_errors_become_ours(tmp_path: Path) -> None:
