@@ -61,11 +61,10 @@ def test_what_is_written_follows_the_schema(found: Found) -> None:
 def test_the_full_models_own_k_loses_nothing(found: Found) -> None:
     metrics = named(found[0], "flat:8")["metrics"]["pooled"]
     assert named(found[0], "flat:8")["k_mean"] == 8
-    # The reference's router is native, a policy's is the module: another order of sums, then int8.
-    assert metrics["kl_mean"] == pytest.approx(0, abs=1e-5)
-    assert metrics["perplexity_ratio"] == pytest.approx(1, abs=5e-4)
-    assert metrics["top1_agreement"] >= 0.995
-    assert metrics["overlap"] == pytest.approx(1, abs=5e-3)
+    assert metrics["kl_mean"] == pytest.approx(0, abs=1e-6)
+    assert metrics["perplexity_ratio"] == pytest.approx(1, abs=1e-5)
+    assert metrics["top1_agreement"] == metrics["top1_agreement_high"] == 1
+    assert metrics["overlap"] == pytest.approx(1, abs=1e-4)
 
 
 def test_the_numbers_of_flat_6_are_those_of_plain_torch(
@@ -76,7 +75,8 @@ def test_the_numbers_of_flat_6_are_those_of_plain_torch(
     class First6:
         def select(self, ids: Any, weights: Any, scores: Any) -> tuple[Any, Any]:
             kept = weights[:, :6]
-            return ids[:, :6].contiguous(), kept / kept.sum(1, keepdim=True) * weights.sum(1, keepdim=True)
+            # An ulp more would change some token's int8 rounding, and with it the 99th percentile.
+            return ids[:, :6].contiguous(), kept * (weights.sum(1, keepdim=True) / kept.sum(1, keepdim=True))
 
     kl, overlap, nll = [], [], []
     rules: Any = dict.fromkeys(runner.config.moe_layers, First6())
@@ -92,7 +92,7 @@ def test_the_numbers_of_flat_6_are_those_of_plain_torch(
     metrics = named(found[0], "flat:6")["metrics"]["pooled"]
     assert metrics["tokens"] == sum(map(len, kl))
     assert metrics["kl_mean"] == pytest.approx(float(torch.cat(kl).mean()), rel=1e-4)
-    assert metrics["kl_p99"] == pytest.approx(float(torch.cat(kl).quantile(0.99)), rel=1e-3)
+    assert metrics["kl_p99"] == pytest.approx(float(torch.cat(kl).quantile(0.99)), rel=1e-4)
     assert metrics["overlap"] == pytest.approx(float(torch.cat(overlap).mean()), rel=1e-4)
     assert metrics["perplexity_ratio"] == pytest.approx(float(torch.cat(nll).mean().exp()), rel=1e-4)
     assert metrics["kl_low"] < metrics["kl_mean"] < metrics["kl_high"]
