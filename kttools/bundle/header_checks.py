@@ -4,6 +4,7 @@ from collections.abc import Iterator, Set
 
 from kttools.checkpoint import Checkpoint
 from kttools.families import TensorSpec, canonical_tensors
+from kttools_runtime.block_formats import BLOCK_FORMATS, BLOCKS_PART
 from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.manifest import Manifest
 from kttools_runtime.pack import read_pack_header
@@ -65,6 +66,8 @@ def _tensor_problems(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str
         for part in PARTS[format_name]:
             if f"{base}.{part}" not in checkpoint:
                 yield f"shards/: {format_name} linear {base} has no tensor {base}.{part}"
+            elif part == BLOCKS_PART:
+                yield from _block_problems(spec, format_name, checkpoint)
 
 
 def _whole_tensor_problems(spec: TensorSpec, checkpoint: Checkpoint) -> Iterator[str]:
@@ -73,3 +76,13 @@ def _whole_tensor_problems(spec: TensorSpec, checkpoint: Checkpoint) -> Iterator
     elif checkpoint.info(spec.name).shape != spec.shape:
         got = list(checkpoint.info(spec.name).shape)
         yield f"shards/: tensor {spec.name}: expected shape {list(spec.shape)}, got {got}"
+
+
+def _block_problems(spec: TensorSpec, format_name: str, checkpoint: Checkpoint) -> Iterator[str]:
+    """That rows of blocks are as many and as long as the model's matrix wants them."""
+    name = f"{spec.name.removesuffix('.weight')}.{BLOCKS_PART}"
+    info = checkpoint.info(name)
+    row_bytes = BLOCK_FORMATS[format_name].row_bytes(spec.shape[-1])
+    if (info.dtype, info.shape) != ("U8", (spec.shape[0], row_bytes)):
+        got = f"{info.dtype} {list(info.shape)}"
+        yield f"shards/: tensor {name}: expected U8 {[spec.shape[0], row_bytes]} of {format_name}, got {got}"
