@@ -68,8 +68,9 @@ def default_gpu_format(source: SourceModel) -> str:
     return KEPT_FORMAT if any(kind in BELOW_INT8 for kind in kinds) else DEFAULT_GPU_FORMAT
 
 
-def linear_format(source: TensorSource, is_ruled: bool) -> str:
-    """The format that keeps a linear's numbers; WITHOUT_BLOCKS or OTHER_BLOCKS where none does.
+def linear_format(source: TensorSource, is_ruled: bool) -> str | None:
+    """The format that keeps a matrix's numbers; where none does WITHOUT_BLOCKS or OTHER_BLOCKS for a linear,
+    None (as the source has it) for the embedding.
 
     is_ruled: a recipe's line asks for it; then InvalidInputError is raised instead.
     """
@@ -77,6 +78,8 @@ def linear_format(source: TensorSource, is_ruled: bool) -> str:
     found = KEPT.get(kind or "") or WIDENED.get(kind or "")
     if found is not None and BLOCK_FORMATS[found].row_bytes(source.shape[-1]) is not None:
         return found
+    if not source.role.is_linear:
+        return None
     if is_ruled:
         stored = source.checkpoint.stored(source.info.name).dtype
         raise InvalidInputError(

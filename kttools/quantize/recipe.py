@@ -106,6 +106,8 @@ class Recipe:
 
         KEPT_FORMAT: whichever keeps the source's blocks (blocks.linear_format).
         """
+        if role is Role.EMBEDDING and self.gpu_format == KEPT_FORMAT:
+            return KEPT_FORMAT
         if not role.is_linear:
             return None
         rule = deciding(self.rules, linear_name(name))

@@ -14,12 +14,12 @@ from . import _kernels, attention, gqa
 from .block_formats import BLOCK_FORMATS, BLOCKS_PART
 from .cache import KVCache
 from .config import ModelConfig
+from .embedding import EMBEDDING
 from .model import DEFAULT_CHUNK_SIZE
 from .numa import NumaPlan
 from .safetensors_file import TensorInfo
 from .weights import PARTS
 
-EMBEDDING = "model.embed_tokens.weight"
 STRIP_ROWS = 32  # the kernels pad a matrix to whole strips (csrc/kernels.h, kStripCols)
 STEP_INPUTS = {"bf16": 32, "int8": 64, "int4": 64, "q8_0": 64}  # and its inputs to whole steps
 # Measured (torch 2.13 for CPUs, x86-64): what an interpreter with torch and this package takes beyond its own
