@@ -106,13 +106,14 @@ class Recipe:
 
         KEPT_FORMAT: whichever keeps the source's blocks (blocks.linear_format).
         """
-        if role is Role.EMBEDDING and self.gpu_format == KEPT_FORMAT:
-            return KEPT_FORMAT
+        is_kept = self.gpu_format == KEPT_FORMAT
         if not role.is_linear:
-            return None
+            return KEPT_FORMAT if is_kept and role is Role.EMBEDDING else None
         rule = deciding(self.rules, linear_name(name))
         if rule:
             return rule.format if rule.format == KEPT_FORMAT else rule.format.partition("_")[0]
+        if is_kept:
+            return KEPT_FORMAT
         if min(shape) < SMALLEST_SIDE:
             return "bf16"
         base = name.removesuffix(".weight")
