@@ -250,8 +250,7 @@ def render_plan(plan: Plan, resources: Resources) -> str:
 
 
 def _listed(formats: dict[str, int]) -> str:
-    """int8, or 12 int8 and 6 int4_g64, or 2 bf16, 12 q4_k and 1 q6_k."""
+    """int8, or 12 int8 and 6 int4_g64."""
     if len(formats) < 2:
         return "".join(formats)
-    *most, last = (f"{count} {name}" for name, count in formats.items())
-    return f"{', '.join(most)} and {last}"
+    return " and ".join(f"{count} {name}" for name, count in formats.items())

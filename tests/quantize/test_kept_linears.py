@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from kttools.quantize.plan import make_plan, render_plan
 from kttools.quantize.recipe import make_recipe
 from kttools.quantize.writer import Quantizer
 from kttools_runtime import load, strict_json
+from kttools_runtime.block_formats import BLOCK_FORMATS
 from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.experts import ExpertEngine
 from kttools_runtime.footprint import held_bytes
@@ -126,7 +128,7 @@ def test_every_format_is_what_was_asked(source: Path, bundle: Path) -> None:
     assert by_format["linears q6_k"] == 100 * 210
     plan = make_plan(open_model(source), make_recipe("bf16", "q4_k", 32))
     text = render_plan(plan, Quantizer(plan, source.parent / "nowhere").resources())
-    assert "1 int8, 5 q4_k, 1 q5_k, 1 q6_k and 2 q8_0" in text
+    assert "1 int8 and 5 q4_k and 1 q5_k and 1 q6_k and 2 q8_0" in text
 
 
 def test_the_bundle_is_sound_and_exact(source: Path, bundle: Path, tmp_path: Path) -> None:
@@ -233,6 +235,12 @@ def rewrite(bundle: Path, linears: dict[str, str]) -> None:
     del document["manifest_sha256"]
     document["manifest_sha256"] = hashlib.sha256(strict_json.canonical(document)).hexdigest()
     (bundle / "bundle.json").write_bytes(strict_json.canonical(document))
+
+
+def test_the_page_has_the_blocks_of_the_code(repo: Path) -> None:
+    page = (repo / "docs" / "shards.md").read_text(encoding="ascii").split("## Blocks")[1]
+    rows = re.findall(r"^\| (q\d_\w) \| (\w+) \| (\d+) \| (\d+) \|", page, re.MULTILINE)
+    assert rows == [(n, b.ggml, str(b.inputs), str(b.bytes)) for n, b in BLOCK_FORMATS.items()]
 
 
 def test_rows_of_rotary_halves_keep_their_bytes(tmp_path: Path) -> None:
