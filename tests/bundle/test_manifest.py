@@ -120,9 +120,9 @@ def test_writers_that_take_each_others_file_for_a_dead_ones(tmp_path: Path) -> N
 
 def test_a_file_put_in_the_place_of_the_locked_one_is_no_result(tmp_path: Path) -> None:
     """Whoever tidies up meanwhile would take it for a dead writer's."""
+    (tmp_path / "other").write_bytes(b"x")
     with pytest.raises(AssertionError, match="not written in place"), replacing(tmp_path / "x") as temporary:
-        temporary.with_name("other").write_bytes(b"x")
-        temporary.with_name("other").rename(temporary)
+        (tmp_path / "other").rename(temporary)
     assert os.listdir(tmp_path) == []
 
 

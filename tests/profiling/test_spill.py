@@ -50,6 +50,7 @@ from pathlib import Path
 from kttools.profiling import spill
 from tests.memory import anonymous_bytes
 spill.HELD_BYTES = 0
+assert float(torch.full((1000, 1000), 1.0).sum()) == 1e6  # torch's own: threads, their stacks
 before = anonymous_bytes()
 held = spill.hold((torch.full((1000, 1000), float(i)) for i in range(100)), 100_000, 1000, Path(sys.argv[1]))
 assert sum(float(t[0, 0]) for t in held) == sum(range(100))
