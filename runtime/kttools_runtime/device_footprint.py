@@ -151,6 +151,30 @@ def most_hot_experts(
     return min(counts, default=0)
 
 
+def hot_rooms(
+    devices: Sequence[DeviceFootprint],
+    moe_layers: Sequence[int],
+    expert_bytes: int,
+    num_experts: int,
+    free: Sequence[int],
+) -> tuple[int, ...]:
+    """How many experts each GPU takes until it is full, of all its MoE layers together; at most all."""
+    rooms = []
+    for device, limit in zip(devices, free, strict=True):
+        layers = sum(_has(device, layer) for layer in moe_layers)
+        fitting = max(0, limit - device.total) // expert_bytes if expert_bytes else 0
+        rooms.append(min(fitting, layers * num_experts))
+    return tuple(rooms)
+
+
+def with_full_rooms(
+    devices: Sequence[DeviceFootprint], expert_bytes: int, rooms: Sequence[int]
+) -> tuple[DeviceFootprint, ...]:
+    """The same with so many hot experts on each GPU."""
+    pairs = zip(devices, rooms, strict=True)
+    return tuple(replace(device, hot_experts=count * expert_bytes) for device, count in pairs)
+
+
 def _has(device: DeviceFootprint, layer: int) -> bool:
     return device.layers[0] <= layer < device.layers[1]
 

@@ -1,7 +1,7 @@
-"""Hot experts: some experts of a layer on the device, in the codes of their pack, so that nothing is rounded
-a second time. The engine gets their ids as -1 and never touches their pages."""
+"""Hot experts: some of a layer's experts on the device (their codes: hot_codes.py). The engine gets -1 for
+their ids and never touches their pages."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from kttools_runtime.errors import UnsupportedModelError
 from kttools_runtime.weights import LinearWeights
 
 from .linears import expand_int4
-from .untile import ExpertCodes, PackFile
+from .untile import ExpertCodes
 
 
 def expanded(matrix: LinearWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -55,21 +55,21 @@ class HotExperts:
 
     def __init__(
         self,
-        pack: PackFile,
-        experts: Sequence[int],
+        codes: Mapping[int, ExpertCodes],
+        num_experts: int,
         device: torch.device,
         dtype: torch.dtype,
         is_triton: bool = False,
     ) -> None:
-        self.experts = tuple(experts)
+        """codes: of each hot expert, all of one kind, on the device."""
+        self.experts = tuple(codes)
         self.dtype = dtype
         self.is_triton = is_triton
-        slots = torch.full((pack.header.num_experts,), -1, dtype=torch.int64)
-        slots[list(experts)] = torch.arange(len(self.experts))
+        slots = torch.full((num_experts,), -1, dtype=torch.int64)
+        slots[list(self.experts)] = torch.arange(len(self.experts))
         self.slot_of = slots.to(device)
-        codes = [pack.codes(expert, device, keep_cached=False) for expert in self.experts]
-        self.gate_up = _stacked([c.gate_up for c in codes])
-        self.down = _stacked([c.down for c in codes])
+        self.gate_up = _stacked([c.gate_up for c in codes.values()])
+        self.down = _stacked([c.down for c in codes.values()])
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,7 @@ from kttools_runtime.shards import ShardWeights
 from .choose import has_plain_experts, hot_experts
 from .handoff import Courier
 from .hot import HotExperts
+from .hot_codes import hot_codes, is_requantised
 from .linears import linear_maker
 from .mixture import Mixture
 from .model import HybridModel
@@ -95,7 +96,7 @@ def _mixtures(
 ) -> dict[int, Mixture]:
     config = manifest.model
     packs = {index: PackFile(manifest.expert_path(index)) for index in config.moe_layers}
-    chosen = hot_experts(options, config, packs, footprints)
+    chosen = hot_experts(options, config, packs, footprints, dtype)
     policy = options.prefill
     if not has_plain_experts(config):
         if policy == "gpu":
@@ -109,7 +110,11 @@ def _mixtures(
         device = layer.router.weight.device
         hot = None
         if chosen.get(index):
-            hot = HotExperts(pack, chosen[index], device, dtype, device.type == "cuda" and _has_triton())
+            ids = chosen[index]
+            codes = hot_codes(pack, ids, device, is_requantised(dtype), engine.threads)
+            held = dict(zip(ids, codes, strict=True))
+            is_triton = device.type == "cuda" and _has_triton()
+            hot = HotExperts(held, config.n_routed_experts, device, dtype, is_triton)
         defer = 0 if index == config.num_hidden_layers - 1 else options.defer_experts
         prefill = Prefill(policy, pack, dtype, engine.threads, engine.isa)
         mixtures[index] = Mixture(layer, courier, hot, defer, prefill)
