@@ -18,6 +18,7 @@ from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.footprint import stored_tensors
 from kttools_runtime.hybrid import linears, prefill
 from kttools_runtime.hybrid.choose import most_used, profile_counts
+from kttools_runtime.hybrid.feed import ExpertFeed
 from kttools_runtime.hybrid.hot import expanded
 from kttools_runtime.hybrid.mixture import split_late
 from kttools_runtime.hybrid.prefill import Calibration
@@ -234,7 +235,7 @@ def test_measure_times_both_sides(nano_bundle: Path) -> None:
     model: Any = kt.load(nano_bundle, device="cpu:0", threads=1)
     layer = model.mixtures[1].layer.experts
     pack = PackFile(load_manifest(nano_bundle).expert_path(1))
-    found = prefill.measure(layer, pack, CPU, torch.bfloat16)
+    found = prefill.measure(layer, pack, ExpertFeed(CPU), torch.bfloat16)
     assert found.cpu_row_s + found.cpu_expert_s > 0
     assert 0 < found.device_expert_s + found.device_row_s < 10
 

@@ -38,16 +38,27 @@ def gated(x: Tensor, codes: ExpertCodes, dtype: torch.dtype) -> Tensor:
     return product(functional.silu(gate).mul_(up), codes.down, dtype)
 
 
-def add_experts(
-    x: Tensor, ids: Tensor, weights: Tensor, experts: Sequence[tuple[int, ExpertCodes]], dtype: torch.dtype
-) -> Tensor:
-    """float32 [T, H]: what these experts add; ids [T, k] as the router gave them, on x's device."""
-    out = torch.zeros(x.shape[0], x.shape[1], device=x.device)
-    for expert, codes in experts:
-        rows, columns = (ids == expert).nonzero(as_tuple=True)
-        if len(rows):
-            out.index_add_(0, rows, gated(x[rows], codes, dtype) * weights[rows, columns, None])
-    return out
+class ExpertSum:
+    """float32 [T, H] `out`: the sum of what experts add, one after the other.
+
+    ids [T, k] as the router gave them (-1: none) and weights are on x's device; they are read back from it
+    once, so that adding an expert asks the device nothing.
+    """
+
+    def __init__(self, x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, dtype: torch.dtype) -> None:
+        self.x, self.dtype, self.k = x, dtype, ids.shape[1]
+        self.out = torch.zeros(x.shape[0], x.shape[1], device=x.device)
+        flat = ids.flatten()
+        self._order = flat.argsort(stable=True)
+        self._weights = weights.flatten()
+        self._ends = torch.bincount(flat + 1, minlength=num_experts + 1).cumsum(0).tolist()
+
+    def add(self, expert: int, codes: ExpertCodes) -> None:
+        chosen = self._order[self._ends[expert] : self._ends[expert + 1]]
+        if len(chosen):
+            rows = chosen // self.k
+            product = gated(self.x[rows], codes, self.dtype)
+            self.out.index_add_(0, rows, product * self._weights[chosen, None])
 
 
 class HotExperts:
@@ -84,9 +95,11 @@ class HotExperts:
         return torch.where(self.slots(ids) < 0, ids, -1)
 
     def chunk(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Many tokens, grouped by expert; reads ids back from the device."""
-        held = [(expert, self._codes(slot)) for slot, expert in enumerate(self.experts)]
-        return add_experts(x, ids, weights, held, self.dtype)
+        """Many tokens, grouped by expert."""
+        total = ExpertSum(x, ids, weights, len(self.slot_of), self.dtype)
+        for slot, expert in enumerate(self.experts):
+            total.add(expert, self._codes(slot))
+        return total.out
 
     def one(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """One token without asking the device anything: x [1, H], ids and weights [1, k] -> [1, H].

@@ -15,6 +15,7 @@ from kttools_runtime.moe import MoELayer
 from kttools_runtime.shards import ShardWeights
 
 from .choose import has_plain_experts, hot_experts
+from .feed import ExpertFeed
 from .handoff import Courier
 from .hot import HotExperts
 from .hot_codes import hot_codes, is_requantised
@@ -102,6 +103,8 @@ def _mixtures(
         if policy == "gpu":
             raise UnsupportedModelError("prefill gpu: this model's experts have biases or another gate")
         policy = "cpu"
+    feeds = [ExpertFeed(device) for device in options.devices.torch_devices]
+    placed = [d for d, own in enumerate(footprints) for _ in range(*own.layers)]
     mixtures = {}
     for index, pack in packs.items():
         layer = layers[index].mlp
@@ -116,7 +119,7 @@ def _mixtures(
             is_triton = device.type == "cuda" and _has_triton()
             hot = HotExperts(held, config.n_routed_experts, device, dtype, is_triton)
         defer = 0 if index == config.num_hidden_layers - 1 else options.defer_experts
-        prefill = Prefill(policy, pack, dtype, engine.threads, engine.isa)
+        prefill = Prefill(policy, pack, dtype, engine.threads, engine.isa, feeds[placed[index]])
         mixtures[index] = Mixture(layer, courier, hot, defer, prefill)
     return mixtures
 

@@ -70,6 +70,29 @@ class PackFile:
         finally:
             os.close(descriptor)
 
+    def payload_bytes(self, expert: int) -> int:
+        """What travels to a device: the blob, or bf16 matrices of a format that it cannot put in order."""
+        hidden, inner = self.shape
+        return self.blob_bytes(expert) if self.name_of(expert) in ORDERED else 6 * hidden * inner
+
+    def fill(self, expert: int, target: Tensor) -> None:
+        """The payload into a uint8 host tensor of its size."""
+        if self.name_of(expert) in ORDERED:
+            return self.read(expert, target)
+        gate_up, down = self.matrices(expert)
+        flat = target.view(torch.bfloat16)
+        flat[: gate_up.numel()].copy_(gate_up.flatten())
+        flat[gate_up.numel() :].copy_(down.flatten())
+
+    def arranged(self, expert: int, payload: Tensor) -> ExpertCodes:
+        """The codes of a payload that lies on a device; they may be views of it."""
+        name, (hidden, inner) = self.name_of(expert), self.shape
+        if name in ORDERED:
+            return expert_codes(payload, name, hidden, inner, payload.device)
+        gate_up, down = payload.view(torch.bfloat16).split([2 * hidden * inner, hidden * inner])
+        shaped = gate_up.view(2 * inner, hidden), down.view(hidden, inner)
+        return ExpertCodes(*(LinearWeights("expert", w.shape[1], "float", {"weight": w}) for w in shaped))
+
     def matrices(self, expert: int, keep_cached: bool = True) -> tuple[Tensor, Tensor]:
         """Gate and up stacked, [2 I, H], and down, [H, I], in float32 on the host."""
         blob = torch.empty(self.blob_bytes(expert), dtype=torch.uint8)
