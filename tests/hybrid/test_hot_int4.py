@@ -158,7 +158,8 @@ def footprints(bundle: Path, devices: int) -> Any:
     manifest = load_manifest(bundle)
     files = [manifest.path(name) for name in manifest.files if name.endswith(".safetensors")]
     tensors = stored_tensors(ShardWeights(files, manifest.linears).infos, manifest.linears)
-    return device_footprints(manifest.model, tensors, 64, devices)
+    expert = PackFile(manifest.expert_path(1)).header.file_bytes // 32
+    return device_footprints(manifest.model, tensors, 64, devices, expert_bytes=expert)
 
 
 def profile(folder: Path, counts: np.ndarray) -> Path:

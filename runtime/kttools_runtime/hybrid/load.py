@@ -83,7 +83,10 @@ def _footprints(
     manifest: Manifest, shards: ShardWeights, dtype: torch.dtype, cache_len: int, options: HybridOptions
 ) -> tuple[DeviceFootprint, ...]:
     tensors = stored_tensors(shards.infos, manifest.linears)
-    return device_footprints(manifest.model, tensors, cache_len, len(options.devices.names), dtype)
+    config, count = manifest.model, len(options.devices.names)
+    packs = sum(manifest.files[file].bytes for file in {expert.file for expert in manifest.experts.values()})
+    streamed = packs // max(1, len(config.moe_layers) * config.n_routed_experts)
+    return device_footprints(config, tensors, cache_len, count, dtype, expert_bytes=streamed)
 
 
 def _mixtures(
