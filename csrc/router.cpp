@@ -57,7 +57,7 @@ Router::Router(std::shared_ptr<Engine> engine, const RouterShape& shape, const f
   round_bf16(weight, count, weight_bf16_.data());
 }
 
-void Router::forward(const float* x, int rows, int64_t* ids, float* weights) {
+void Router::forward(const float* x, int rows, int64_t* ids, float* weights, float* scores) {
   const auto experts = static_cast<size_t>(shape_.num_experts), width = static_cast<size_t>(shape_.hidden_size);
   const auto k = static_cast<size_t>(shape_.k);
   scores_.resize(static_cast<size_t>(rows) * experts);
@@ -65,18 +65,21 @@ void Router::forward(const float* x, int rows, int64_t* ids, float* weights) {
   const int workers = engine_->workers_for(experts * width * item, rows);
   // Few tokens share out the experts, many themselves.
   const int cuts = rows < 4 * workers ? workers : 1;
+  const auto choose_row = [&](size_t row) {
+    choose(scores_.data() + row * experts, ids + row * k, weights + row * k, scores ? scores + row * k : nullptr);
+  };
   UnitCounter next;
   engine_->pool().run(workers, [&](int) {
     for (int unit = next.take(); unit < rows * cuts; unit = next.take()) {
       const auto row = static_cast<size_t>(unit / cuts);
       const int cut = unit % cuts;
-      float* scores = scores_.data() + row * experts;
-      logits(x + row * width, shape_.num_experts * cut / cuts, shape_.num_experts * (cut + 1) / cuts, scores);
-      if (cuts == 1) choose(scores, ids + row * k, weights + row * k);
+      float* all = scores_.data() + row * experts;
+      logits(x + row * width, shape_.num_experts * cut / cuts, shape_.num_experts * (cut + 1) / cuts, all);
+      if (cuts == 1) choose_row(row);
     }
   });
   for (size_t row = 0; cuts > 1 && row < static_cast<size_t>(rows); ++row) {
-    choose(scores_.data() + row * experts, ids + row * k, weights + row * k);
+    choose_row(row);
   }
 }
 
@@ -91,7 +94,7 @@ void Router::logits(const float* x, int begin, int end, float* out) const {
   for (int e = begin; e < end && !logit_bias_.empty(); ++e) out[e] += logit_bias_[static_cast<size_t>(e)];
 }
 
-void Router::choose(float* scores, int64_t* ids, float* weights) const {
+void Router::choose(float* scores, int64_t* ids, float* weights, float* chosen) const {
   const auto experts = static_cast<size_t>(shape_.num_experts);
   if (shape_.kind == RouterKind::kSigmoidBiasGroups) {
     for (size_t e = 0; e < experts; ++e) scores[e] = 1.0f / (1.0f + std::exp(-scores[e]));
@@ -107,6 +110,7 @@ void Router::choose(float* scores, int64_t* ids, float* weights) const {
   float total = 0.0f;
   for (int i = 0; i < shape_.k; ++i) {
     const int best = index_of_largest(choice);
+    if (chosen) chosen[i] = choice[static_cast<size_t>(best)];
     choice[static_cast<size_t>(best)] = -kInfinity;
     ids[i] = best;
     weights[i] = scores[best];

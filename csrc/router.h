@@ -33,12 +33,13 @@ class Router {
 
   const RouterShape& shape() const { return shape_; }
 
-  // x [rows, hidden_size] -> ids and weights [rows, k], best first. Equal choices: the lower id first.
-  void forward(const float* x, int rows, int64_t* ids, float* weights);
+  // x [rows, hidden_size] -> ids and weights [rows, k], best first. Equal choices: the lower id first. scores [rows, k],
+  // what was compared, or null.
+  void forward(const float* x, int rows, int64_t* ids, float* weights, float* scores = nullptr);
 
  private:
   void logits(const float* x, int begin, int end, float* out) const;
-  void choose(float* scores, int64_t* ids, float* weights) const;
+  void choose(float* scores, int64_t* ids, float* weights, float* chosen) const;
   void limit_groups(std::vector<float>& choice) const;
 
   std::shared_ptr<Engine> engine_;

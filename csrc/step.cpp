@@ -100,14 +100,22 @@ MoeStep::MoeStep(std::shared_ptr<Engine> engine, Norm norm, Router* router, Expe
 
 void MoeStep::forward(float* hidden, int rows) {
   std::lock_guard<std::mutex> stepping(engine_->stepping());
-  const auto width = static_cast<size_t>(hidden_size());
   float* x = reserve_floats(engine_->step.normed, rows, hidden_size());
-  each_row(*engine_, rows, [&](size_t r) { norm_.apply(hidden + r * width, x + r * width); });
-  const int k = router_->shape().k;
-  std::vector<int64_t> ids(static_cast<size_t>(rows) * static_cast<size_t>(k));
+  std::vector<int64_t> ids(static_cast<size_t>(rows) * static_cast<size_t>(choices()));
   std::vector<float> weights(ids.size());
-  router_->forward(x, rows, ids.data(), weights.data());
-  mix(hidden, x, rows, {ids.data(), weights.data(), k});
+  choose(hidden, rows, x, ids.data(), weights.data(), nullptr);
+  mix(hidden, x, rows, {ids.data(), weights.data(), choices()});
+}
+
+void MoeStep::route(const float* hidden, int rows, float* x, int64_t* ids, float* weights, float* scores) {
+  std::lock_guard<std::mutex> stepping(engine_->stepping());
+  choose(hidden, rows, x, ids, weights, scores);
+}
+
+void MoeStep::choose(const float* hidden, int rows, float* x, int64_t* ids, float* weights, float* scores) {
+  const auto width = static_cast<size_t>(hidden_size());
+  each_row(*engine_, rows, [&](size_t r) { norm_.apply(hidden + r * width, x + r * width); });
+  router_->forward(x, rows, ids, weights, scores);
 }
 
 void MoeStep::forward_routed(float* hidden, const float* x, int rows, const Routing& routing) {

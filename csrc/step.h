@@ -100,10 +100,15 @@ class MoeStep {
           std::unique_ptr<GatedMlp> shared, std::vector<float> shared_gate);
   int hidden_size() const { return norm_.size(); }
   void forward(float* hidden, int rows);
-  // x [rows, hidden_size]: the normed hidden; routing: somebody else's choice for its rows.
+  int choices() const { return router_->shape().k; }
+  // The first part of forward(): x [rows, hidden_size], the normed hidden, and its choice, [rows, choices()] each;
+  // scores: what was compared, or null.
+  void route(const float* hidden, int rows, float* x, int64_t* ids, float* weights, float* scores);
+  // The second: x and a choice of its rows, route()'s own or what somebody made of it.
   void forward_routed(float* hidden, const float* x, int rows, const Routing& routing);
 
  private:
+  void choose(const float* hidden, int rows, float* x, int64_t* ids, float* weights, float* scores);
   void mix(float* hidden, const float* x, int rows, const Routing& routing);
   void add_shared(const float* x, int rows, float* hidden) const;
 

@@ -128,6 +128,18 @@ LatentWeights latent_weights(const LatentShape& shape, const py::array& up_key, 
           read<uint16_t>(up_value, "up_value", {shape.heads, shape.value, shape.latent})};
 }
 
+void route_step(Over<MoeStep>& self, const py::array& hidden, py::array x, py::array ids, py::array weights,
+                py::array scores) {
+  const int rows = step_rows(hidden), width = self.value.hidden_size(), k = self.value.choices();
+  const float* data = read<float>(hidden, "hidden", {rows, width});
+  float* normed = write<float>(x, "x", {rows, width});
+  int64_t* id = write<int64_t>(ids, "ids", {rows, k});
+  float* weight = write<float>(weights, "weights", {rows, k});
+  float* score = write<float>(scores, "scores", {rows, k});
+  py::gil_scoped_release release;
+  self.value.route(data, rows, normed, id, weight, score);
+}
+
 void forward_routed(Over<MoeStep>& self, py::array hidden, const py::array& x, const py::array& ids,
                     const py::array& weights) {
   const int rows = step_rows(hidden), width = self.value.hidden_size();
@@ -193,6 +205,7 @@ void bind_steps(py::module_& m) {
       .def(py::init(&make_moe), py::arg("engine"), py::arg("norm"), py::arg("router"), py::arg("experts"),
            py::arg("shared_gate_up"), py::arg("shared_down") = py::none(), py::arg("shared_gate") = py::none())
       .def("forward", &forward_mlp<MoeStep>, py::arg("hidden"))
+      .def("route", &route_step, py::arg("hidden"), py::arg("x"), py::arg("ids"), py::arg("weights"), py::arg("scores"))
       .def("forward_routed", &forward_routed, py::arg("hidden"), py::arg("x"), py::arg("ids"), py::arg("weights"));
   py::class_<Over<LatentStep>>(m, "LatentStep")
       .def(py::init(&make_latent), py::arg("engine"), py::arg("rope"), py::arg("softmax_scale"), py::arg("norm"),

@@ -19,15 +19,17 @@ ATTEMPTS_TO_LOCK = 100
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write to; renames it when the block ends well, removes it otherwise.
 
-    What killed processes left under such names is removed first. OSError inside becomes a KTError; a full
-    disk is ResourceError.
+    The file is there, empty and locked: open it, do not put another in its place. What killed processes left
+    under such names is removed first. OSError inside becomes a KTError; a full disk is ResourceError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         remove_leftovers(path)
-        with _held(temporary):
+        with _held(temporary) as descriptor:
             yield temporary
-            flush(temporary)
+            if not is_still(temporary, descriptor):
+                raise AssertionError(f"{temporary}: not written in place: its lock was lost on the way")
+            os.fsync(descriptor)
             os.replace(temporary, path)
         flush(path.parent)
     except OSError as error:
@@ -42,12 +44,13 @@ def remove_leftovers(path: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+{re.escape(TEMPORARY_SUFFIX)}")
     for entry in path.parent.iterdir():
         if pattern.fullmatch(entry.name):
-            with contextlib.suppress(OSError), _locked(entry, os.O_RDWR):
-                entry.unlink()
+            with contextlib.suppress(OSError), _locked(entry, os.O_RDWR) as descriptor:
+                if is_still(entry, descriptor):
+                    entry.unlink()
 
 
 @contextlib.contextmanager
-def _held(temporary: Path) -> Iterator[None]:
+def _held(temporary: Path) -> Iterator[int]:
     """The file, made anew, locked for as long as the block or this process lasts. Raises OSError.
 
     Between its making and its locking another writer may take it for a dead one's and remove it.
@@ -62,7 +65,7 @@ def _held(temporary: Path) -> Iterator[None]:
                 time.sleep(0.001)
                 continue
             if is_still(temporary, descriptor):
-                yield
+                yield descriptor
                 return
     raise BlockingIOError(errno.EWOULDBLOCK, "other writers keep removing the partial file")
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from kttools.bundle.atomic import replacing
+from kttools.bundle.atomic import atomic_write_bytes
 from kttools_runtime import strict_json
 from kttools_runtime.errors import CorruptFileError
 from kttools_runtime.safetensors_file import read_header, read_tensor
@@ -97,10 +97,9 @@ def write_reference(
         "top_k": tensors["top_ids"].shape[1],
         "windows": [[window.domain, window.document, len(window.token_ids)] for window in windows],
     }
-    with replacing(path) as temporary:
-        save_file(
-            {name: t.contiguous() for name, t in tensors.items()}, temporary, {KEY: json.dumps(document)}
-        )
+    # Not save_file: it would put a file of its own in the place of the one that is locked.
+    data = save({name: t.contiguous() for name, t in tensors.items()}, {KEY: json.dumps(document)})
+    atomic_write_bytes(path, data)
 
 
 def read_reference(path: Path) -> Reference:

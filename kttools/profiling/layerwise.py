@@ -118,8 +118,7 @@ class LayerRunner:
         if moe is not None:
             moe.router.table = policy
         try:
-            # By the modules, not layer.mix: a policy, a recorder and the full model then differ in nothing else.
-            hidden += layer.mlp(layer.mlp_norm(hidden))
+            layer.mix(hidden)
         finally:
             if moe is not None:
                 moe.router.table = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kttools_runtime.moe import ExpertLayer, MoELayer, RoutedExperts
+from kttools_runtime.moe import MoELayer, RoutedExperts
 
 # Expert outputs held at a time, in bytes. Few blocks: each reads the weights of its experts again.
 OUTPUT_BYTES = 64 << 20
@@ -38,25 +38,24 @@ class Observation:
     gram: Tensor
 
 
-class RecordingExperts:
-    """Stands in for a layer's engine: the same result, bit for bit, and what the last call showed.
+class Recorder:
+    """Watches a layer and keeps what its last call showed.
 
     rows: the tokens to observe, int64 [S]; None: all. The caller sets it before each call.
     """
 
-    def __init__(self, inner: ExpertLayer) -> None:
-        self.inner = inner
+    def __init__(self, experts: RoutedExperts) -> None:
+        self._experts = experts
         self.rows: Tensor | None = None
         self._choices: Choices | None = None
         self._observation: Observation | None = None
 
-    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-        routed = self.inner.forward(x, expert_ids, expert_weights)
+    def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> None:
+        """x [T, hidden_size] float32, ids int64 and weights float32 [T, K]: what goes to the experts."""
         self._choices = Choices(expert_ids, expert_weights)
         if self.rows is not None:
             x, expert_ids, expert_weights = x[self.rows], expert_ids[self.rows], expert_weights[self.rows]
-        self._observation = self._observe(x, expert_ids, expert_weights)
-        return routed
+        self._observation = self._observe(x.to(self._experts.input_dtype), expert_ids, expert_weights)
 
     def take(self) -> Observation:
         """The last call's observation, handed over."""
@@ -87,17 +86,16 @@ class RecordingExperts:
         num_tokens, k = expert_ids.shape
         # A copy of the expanded view takes a quarter of repeat_interleave's time.
         repeated = x[:, None].expand(-1, k, -1).reshape(num_tokens * k, -1)
-        outputs = self.inner.forward(repeated, expert_ids.reshape(-1, 1), weights.reshape(-1, 1))
+        outputs = self._experts.layer.forward(repeated, expert_ids.reshape(-1, 1), weights.reshape(-1, 1))
         return outputs.view(num_tokens, k, -1)
 
 
 @contextlib.contextmanager
-def recording(moe: MoELayer) -> Iterator[RecordingExperts]:
-    """The layer records while the block runs; the engine is put back whatever happens."""
-    plain = moe.experts
-    recorder = RecordingExperts(plain.layer)
-    moe.experts = RoutedExperts(recorder, plain.input_dtype)
+def recording(moe: MoELayer) -> Iterator[Recorder]:
+    """The layer is watched while the block runs."""
+    recorder = Recorder(moe.experts)
+    moe.watch = recorder
     try:
         yield recorder
     finally:
-        moe.experts = plain
+        moe.watch = None

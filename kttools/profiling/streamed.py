@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kttools.bundle.atomic import replacing
+from kttools.bundle.atomic import atomic_write_bytes
 from kttools_runtime import strict_json
 from kttools_runtime.errors import CorruptFileError
 
@@ -117,5 +117,5 @@ def _write(task: Task, state: State) -> None:
     tensors = {f"{index}.{name}": v for index, stats in state.stats.items() for name, v in stats.items()}
     tensors = {name: value.contiguous() for name, value in tensors.items()} | {HIDDEN: state.hidden}
     header = strict_json.canonical({"task": task.header, "next_layer": state.next_layer}).decode("ascii")
-    with replacing(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={"kttools": header})
+    # Not save_file: it would put a file of its own in the place of the one that is locked.
+    atomic_write_bytes(path, safetensors.torch.save(tensors, {"kttools": header}))

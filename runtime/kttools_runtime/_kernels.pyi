@@ -223,8 +223,11 @@ class MoeStep:
     def forward(self, hidden: _F32) -> None:
         """hidden [T, H], updated. The GIL is released."""
 
-    def forward_routed(self, hidden: _F32, x: _F32, ids: npt.NDArray[np.int64], weights: _F32) -> None:
-        """The same with x [T, H], the normed hidden, and a choice [T, k] made by the caller."""
+    def route(self, hidden: _F32, x: _F32, ids: _I64, weights: _F32, scores: _F32) -> None:
+        """hidden -> x [T, H], the normed hidden, and its choice and what was compared, [T, k] each."""
+
+    def forward_routed(self, hidden: _F32, x: _F32, ids: _I64, weights: _F32) -> None:
+        """forward() from where route() ends, with its choice or one [T, any k] made of it."""
 
 @final
 class LatentStep:

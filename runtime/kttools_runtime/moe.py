@@ -1,5 +1,6 @@
 """A mixture-of-experts layer: router and shared experts on the device, routed experts in the CPU engine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,9 @@ class ExpertLayer(Protocol):
 
     def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
         """x [T, H] bf16 or f32, ids int64 [T, k] (-1: none), weights f32 [T, k] -> f32 [T, H]."""
+
+
+Watch = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +52,12 @@ class SharedExpert:
 
 
 class MoELayer:
-    """sum of the routed experts + the shared ones; x [num_tokens, hidden_size] float32 -> the same shape."""
+    """sum of the routed experts + the shared ones; x [num_tokens, hidden_size] float32 -> the same shape.
 
-    __slots__ = ("experts", "router", "shared")
+    watch: is shown what goes to the experts, x and the ids and weights that are computed; None: nobody looks.
+    """
+
+    __slots__ = ("experts", "router", "shared", "watch")
 
     def __init__(
         self,
@@ -71,12 +78,15 @@ class MoELayer:
             logit_bias = placement.vector(f"{prefix}.gate.bias", config.n_routed_experts)
         self.router = make_router(config, weight, bias, num_experts, logit_bias)
         self.experts = experts
+        self.watch: Watch | None = None
         self.shared: SharedExpert | None = None
         if config.n_shared_experts:
             self.shared = SharedExpert(config, placement, prefix)
 
     def __call__(self, x: Tensor) -> Tensor:
         expert_ids, weights = self.router(x)
+        if self.watch is not None:
+            self.watch(x, expert_ids, weights)
         rows = x if x.shape[0] == 1 else x.to(self.experts.input_dtype)  # one token: as in PackedCpuLinear
         if x.is_cpu:
             routed = self.experts.layer.forward(rows, expert_ids, weights)

@@ -1,7 +1,7 @@
 """On the CPU: tokens through a layer in two calls of C++, not some forty operations of torch.
 
 The same arithmetic as the modules it is made of, in float32 between matrices; what has no native form
-(another kind of attention, a bias, experts that are being recorded) runs as the module it is.
+(another kind of attention, a bias, experts that stand in for the engine's) runs as the module it is.
 """
 
 from collections.abc import Sequence
@@ -52,11 +52,10 @@ class NativeHalves:
 class _MlpStep:
     """The second half of a layer, as long as its experts are the ones it was made with."""
 
-    __slots__ = ("_experts", "_moe", "_native", "_norm")
+    __slots__ = ("_experts", "_moe", "_native")
 
     def __init__(self, engine: Any, layer: "DecoderLayer") -> None:
         mlp = layer.mlp
-        self._norm = layer.mlp_norm
         self._moe = mlp if isinstance(mlp, MoELayer) else None
         self._experts: RoutedExperts | None = mlp.experts if isinstance(mlp, MoELayer) else None
         if isinstance(mlp, MoELayer):
@@ -65,19 +64,29 @@ class _MlpStep:
             self._native = _dense_step(engine, layer.mlp_norm, mlp)
 
     def forward(self, hidden: Tensor) -> bool:
-        """Whether the step could. A table's choice is made by the module and carried out by the step."""
+        """Whether the step could. A table reduces the native choice between the step's two parts."""
         moe, native = self._moe, self._native
         if native is None or (moe is not None and moe.experts is not self._experts):
             return False
-        if moe is None or moe.router.table is None:
+        if moe is None or (moe.router.table is None and moe.watch is None):
             native.forward(hidden.numpy())
-        else:
-            x = self._norm(hidden)
-            ids, weights = moe.router(x)
-            native.forward_routed(
-                hidden.numpy(), x.numpy(), ids.contiguous().numpy(), weights.contiguous().numpy()
-            )
+            return True
+        x, ids, weights, scores = self._route(moe, hidden)
+        if moe.router.table is not None:
+            ids, weights = moe.router.table.select(ids, weights, scores)
+        if moe.watch is not None:
+            moe.watch(x, ids, weights)
+        native.forward_routed(
+            hidden.numpy(), x.numpy(), ids.contiguous().numpy(), weights.contiguous().numpy()
+        )
         return True
+
+    def _route(self, moe: MoELayer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        shape = hidden.shape[0], moe.router.num_experts
+        ids = torch.empty(shape, dtype=torch.int64)
+        x, weights, scores = torch.empty_like(hidden), torch.empty(shape), torch.empty(shape)
+        self._native.route(hidden.numpy(), x.numpy(), ids.numpy(), weights.numpy(), scores.numpy())
+        return x, ids, weights, scores
 
 
 def _norm(norm: RMSNorm) -> tuple[Any, float]:

@@ -118,6 +118,14 @@ def test_writers_that_take_each_others_file_for_a_dead_ones(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_a_file_put_in_the_place_of_the_locked_one_is_no_result(tmp_path: Path) -> None:
+    """Whoever tidies up meanwhile would take it for a dead writer's."""
+    (tmp_path / "other").write_bytes(b"x")
+    with pytest.raises(AssertionError, match="not written in place"), replacing(tmp_path / "x") as temporary:
+        (tmp_path / "other").rename(temporary)
+    assert os.listdir(tmp_path) == []
+
+
 def test_write_errors_become_ours(tmp_path: Path) -> None:
     with pytest.raises(KTError, match=r"nowhere/x: cannot be written: No such file"):
         atomic_write_bytes(tmp_path / "nowhere" / "x", b"")

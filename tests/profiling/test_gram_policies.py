@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kttools.profiling.layerwise import LayerRunner
 from kttools.profiling.pricing import errors
-from kttools.profiling.recorder import recording
+from kttools.profiling.recorder import Recorder
 from kttools_runtime.expert_policy import LayerPolicy
 
 K, TOKENS = 8, 150
@@ -66,8 +66,8 @@ def test_predicted_error_is_the_error(runner: LayerRunner, seed: int) -> None:
         moe.router.table = None
     ((ids, weights, scores),) = seen
     rows = x.to(moe.experts.input_dtype)
-    with recording(moe) as recorder:
-        moe.experts.layer.forward(rows, ids, weights)
+    recorder = Recorder(moe.experts)
+    recorder(x, ids, weights)
     gram = recorder.take().gram.double()
     kept_ids, kept_weights = random_policy(seed).select(ids, weights, scores)
     u = multipliers(ids, weights, kept_ids, kept_weights)

@@ -11,7 +11,7 @@ from kttools.profiling.observe import observe
 from kttools.profiling.observed import draw
 from kttools.profiling.pricing import errors
 from kttools.profiling.record import arrange, embed, record, run_layer
-from kttools.profiling.recorder import Choices, recording
+from kttools.profiling.recorder import Choices, Recorder, recording
 from kttools.profiling.statistics import choice_statistics, lru_sizes, weight_ranks
 
 
@@ -47,8 +47,8 @@ def test_gram_identity(runner: LayerRunner) -> None:
     x = torch.randn(200, runner.config.hidden_size, generator=generator)
     ids, weights = moe.router(x)
     rows = x.to(moe.experts.input_dtype)
-    with recording(moe) as recorder:
-        moe.experts.layer.forward(rows, ids, weights)
+    recorder = Recorder(moe.experts)
+    recorder(x, ids, weights)
     gram = recorder.take().gram.double()
     full = moe.experts.layer.forward(rows, ids, weights).double()
     for _ in range(5):
