@@ -53,4 +53,23 @@ constexpr int kAttendQueries = 4;  // per call: each key is loaded once for all 
 void attend_shared_bf16(const float* queries, int count, size_t width, const uint16_t* rows, size_t key_stride,
                         int keys, size_t value_width, float scale, float* scores, float* out);
 
+// Part of a context: keys and values as bf16 rows, `stride` numbers apart.
+struct KeyRows {
+  const uint16_t* keys;
+  const uint16_t* values;
+  size_t stride;
+  int count;
+};
+
+// What part of a softmax says to the other parts: its largest logit, and the sum of e^(logit - largest).
+struct PartialSoftmax {
+  float largest;
+  float total;
+};
+
+// Attention of up to kAttendQueries queries [count][width] on part of their context, before the division: out [count][width]
+// is the sum of e^(logit - largest) value, logits are scale query . key. scores: scratch [count][rows.count].
+void attend_part_bf16(const float* queries, int count, size_t width, const KeyRows& rows, float scale, float* scores,
+                      float* out, PartialSoftmax* sums);
+
 }  // namespace kt
