@@ -6,12 +6,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "row_math.h"
+
 namespace kt {
 namespace {
-
-// Keys of one unit of work: at a head size of 128 their keys and values take 256 KiB, which stays in the L2 cache while
-// the queries of a group pass four by four. A constant, so that sums do not depend on the number of threads.
-constexpr int kChunk = 512;
 
 float* reserve_floats(Buffer& buffer, size_t count) {
   buffer.reserve(count * sizeof(float));
@@ -50,7 +48,7 @@ struct GqaStep::Plan {
   Plan(const GqaShape& shape, const Columns& query, int num_rows, const uint16_t* context, int start) : cache(context) {
     for (int r = 0; r < num_rows; ++r) {
       const int end = start + r + 1, begin = shape.window ? std::max(0, end - shape.window) : 0;
-      const int first = begin / kChunk, count = (end - 1) / kChunk - first + 1;
+      const int first = begin / kPartKeys, count = (end - 1) / kPartKeys - first + 1;
       rows[r] = {query.row(static_cast<size_t>(r)), begin, end, first, count, chunks};
       chunks += count;
       keys += static_cast<size_t>(end - begin);
@@ -63,6 +61,7 @@ GqaStep::GqaStep(std::shared_ptr<Engine> engine, const GqaShape& shape, float so
     : engine_(std::move(engine)),
       shape_(shape),
       softmax_scale_(softmax_scale),
+      has_tiles_(engine_->kernels().tile_bf16 != nullptr && shape.dim % 32 == 0),
       norm_(std::move(norm)),
       inputs_(std::move(inputs)),
       out_(out),
@@ -154,14 +153,14 @@ void GqaStep::attend(const Columns& query, int rows, const uint16_t* cache, int 
   const int units = plan.chunks * shape_.kv_heads, heads = rows * shape_.heads;
   const size_t bytes = plan.keys * static_cast<size_t>(shape_.cached()) * sizeof(uint16_t);
   const int workers = std::min(engine_->workers_for(bytes, shape_.group()), units);
-  for (int w = 0; w < workers; ++w) {
-    engine_->step.workers[static_cast<size_t>(w)].reserve(kAttendQueries * kChunk * sizeof(float));
-  }
+  for (int w = 0; w < workers; ++w) engine_->step.workers[static_cast<size_t>(w)].reserve(part_scratch());
   UnitCounter next_unit, next_head;
   Barrier barrier(workers);
   engine_->pool().run(workers, [&](int worker) {
-    float* scores = engine_->step.workers[static_cast<size_t>(worker)].as<float>();
-    for (int unit = next_unit.take(); unit < units; unit = next_unit.take()) attend_unit(plan, unit, scores);
+    uint8_t* scratch = engine_->step.workers[static_cast<size_t>(worker)].bytes();
+    if (has_tiles_) engine_->kernels().tile_configure(kTileRows);
+    for (int unit = next_unit.take(); unit < units; unit = next_unit.take()) attend_unit(plan, unit, scratch);
+    if (has_tiles_) engine_->kernels().tile_release();
     barrier.wait();
     for (int unit = next_head.take(); unit < heads; unit = next_head.take()) {
       join_head(plan, unit / shape_.heads, unit % shape_.heads, out + static_cast<size_t>(unit) * dim);
@@ -170,24 +169,46 @@ void GqaStep::attend(const Columns& query, int rows, const uint16_t* cache, int 
 }
 
 // The queries of one group of one row on one chunk of their keys. Units go key head by key head, as the rows of the cache do.
-void GqaStep::attend_unit(const Plan& plan, int unit, float* scores) const {
+void GqaStep::attend_unit(const Plan& plan, int unit, uint8_t* scratch) const {
   const int chunk = unit / shape_.kv_heads, group = shape_.group();
   const auto kv_head = static_cast<size_t>(unit % shape_.kv_heads), dim = static_cast<size_t>(shape_.dim);
   const Plan::Row* row = plan.rows;
   while (chunk >= row->offset + row->count) ++row;
-  const int at = (row->first + chunk - row->offset) * kChunk;
-  const int begin = std::max(at, row->begin), end = std::min(at + kChunk, row->end);
+  const int at = (row->first + chunk - row->offset) * kPartKeys;
+  const int begin = std::max(at, row->begin), end = std::min(at + kPartKeys, row->end);
   const auto stride = static_cast<size_t>(shape_.cached());
   const uint16_t* keys = plan.cache + static_cast<size_t>(begin) * stride + kv_head * dim;
   const KeyRows context = {keys, keys + shape_.keys(), stride, end - begin};
   const size_t first_head = kv_head * static_cast<size_t>(group);
   const size_t first_part = static_cast<size_t>(chunk) * static_cast<size_t>(shape_.heads) + first_head;
-  for (int first = 0; first < group; first += kAttendQueries) {
+  const int most = has_tiles_ ? kPartQueries : kAttendQueries;
+  for (int first = 0; first < group; first += most) {
     const auto h = static_cast<size_t>(first);
-    attend_part_bf16(row->query + (first_head + h) * dim, std::min(kAttendQueries, group - first), dim, context,
-                     softmax_scale_, scores, plan.parts + (first_part + h) * dim, plan.sums + first_part + h);
+    attend_part(row->query + (first_head + h) * dim, std::min(most, group - first), context, scratch,
+                plan.parts + (first_part + h) * dim, plan.sums + first_part + h);
   }
 }
+
+#if defined(__x86_64__)
+size_t GqaStep::part_scratch() const {
+  return has_tiles_ ? attend_part_scratch(static_cast<size_t>(shape_.dim)) : kAttendQueries * kPartKeys * sizeof(float);
+}
+
+void GqaStep::attend_part(const float* queries, int count, const KeyRows& rows, uint8_t* scratch, float* out,
+                          PartialSoftmax* sums) const {
+  const auto dim = static_cast<size_t>(shape_.dim);
+  if (has_tiles_) return attend_part_amx(queries, count, dim, rows, softmax_scale_, scratch, out, sums);
+  attend_part_bf16(queries, count, dim, rows, softmax_scale_, reinterpret_cast<float*>(scratch), out, sums);
+}
+#else
+size_t GqaStep::part_scratch() const { return kAttendQueries * kPartKeys * sizeof(float); }
+
+void GqaStep::attend_part(const float* queries, int count, const KeyRows& rows, uint8_t* scratch, float* out,
+                          PartialSoftmax* sums) const {
+  attend_part_bf16(queries, count, static_cast<size_t>(shape_.dim), rows, softmax_scale_,
+                   reinterpret_cast<float*>(scratch), out, sums);
+}
+#endif
 
 // out [dim]: the sum of a head's chunks, each by its share of the whole softmax.
 void GqaStep::join_head(const Plan& plan, int row, int head, float* out) const {

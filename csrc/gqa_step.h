@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "row_math.h"
+#include "gqa_part.h"
 #include "step.h"
 
 namespace kt {
@@ -64,12 +64,16 @@ class GqaStep {
   void position(const Projected& projected, int row, const float* rotation, uint16_t* cached) const;
   void turn_heads(float* data, int heads, const std::optional<Norm>& norm, const float* rotation) const;
   void attend(const Columns& query, int rows, const uint16_t* cache, int start, float* out);
-  void attend_unit(const Plan& plan, int unit, float* scores) const;
+  void attend_unit(const Plan& plan, int unit, uint8_t* scratch) const;
+  size_t part_scratch() const;
+  void attend_part(const float* queries, int count, const KeyRows& rows, uint8_t* scratch, float* out,
+                   PartialSoftmax* sums) const;
   void join_head(const Plan& plan, int row, int head, float* out) const;
 
   std::shared_ptr<Engine> engine_;
   GqaShape shape_;
   float softmax_scale_;
+  bool has_tiles_;
   Norm norm_;
   std::vector<PackedLinear*> inputs_;
   PackedLinear* out_;

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "gqa_part.h"
 #include "kernels.h"
 
 namespace kt {
@@ -52,20 +53,6 @@ constexpr int kAttendQueries = 4;  // per call: each key is loaded once for all 
 // value_width numbers of a key are its value. scores: scratch [count][keys]. out [count][value_width].
 void attend_shared_bf16(const float* queries, int count, size_t width, const uint16_t* rows, size_t key_stride,
                         int keys, size_t value_width, float scale, float* scores, float* out);
-
-// Part of a context: keys and values as bf16 rows, `stride` numbers apart.
-struct KeyRows {
-  const uint16_t* keys;
-  const uint16_t* values;
-  size_t stride;
-  int count;
-};
-
-// What part of a softmax says to the other parts: its largest logit, and the sum of e^(logit - largest).
-struct PartialSoftmax {
-  float largest;
-  float total;
-};
 
 // Attention of up to kAttendQueries queries [count][width] on part of their context, before the division: out [count][width]
 // is the sum of e^(logit - largest) value, logits are scale query . key. scores: scratch [count][rows.count].
