@@ -130,6 +130,38 @@ def test_tables_and_recorders_are_not_passed_by(nano: Any, text: torch.Tensor) -
     assert torch.equal(model.decode(5, model.new_cache(1)), plain)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+def test_watching_and_keeping_all_change_no_bit(nano: Any, text: torch.Tensor, num_tokens: int) -> None:
+    """Between the two parts of a native mixture stand a watcher and a table that drops nothing."""
+    model = runtime_model(nano, torch.bfloat16)
+    plain = model.logits(text[:num_tokens])
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    kept = _KeepAll()
+    for moe in model.moe_layers.values():
+        moe.watch = lambda x, ids, weights: seen.append((x, ids, weights))
+        moe.router.table = kept
+    assert torch.equal(model.logits(text[:num_tokens]), plain)
+    assert len(seen) == len(kept.scores) == len(model.moe_layers)
+    for (x, ids, weights), scores, moe in zip(seen, kept.scores, model.moe_layers.values(), strict=True):
+        own = _KeepAll()
+        moe.router.table = own
+        expected_ids, expected = moe.router(x)
+        assert torch.equal(ids, expected_ids)
+        assert_close(weights, expected, 2**-19)
+        assert_close(scores, own.scores[0], 2**-19)
+
+
+class _KeepAll:
+    def __init__(self) -> None:
+        self.scores: list[torch.Tensor] = []
+
+    def select(
+        self, ids: torch.Tensor, weights: torch.Tensor, scores: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.scores.append(scores)
+        return ids, weights
+
+
 class _DropAll:
     def select(
         self, ids: torch.Tensor, weights: torch.Tensor, scores: torch.Tensor
