@@ -1,10 +1,10 @@
 // Python's view of gqa_step.h.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include "arrays.h"
 
 namespace kt {
 
-void bind_gqa(pybind11::module_& m);
+void bind_gqa(py::module_& m);
 
 }  // namespace kt
