@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from make_slice import ITEM_BYTES, Shapes, model_shapes, slice_config
 
 from kttools.checkpoint.fp8 import BlockFormat, decode_blocks
-from kttools.quantize.report import error_sums
+from kttools.quantize.report import expert_errors
 from kttools_runtime import _kernels
 from kttools_runtime.experts import as_numpy
 
@@ -117,10 +117,8 @@ def part_speeds(cpu_format: str) -> dict[str, float]:
     arrays = [as_numpy(tensor) for tensor in decode()]
     blob = np.empty(_kernels.expert_bytes(cpu_format, HIDDEN, INNER), np.uint8)
     pack = seconds(lambda: _kernels.pack_expert(cpu_format, *arrays, blob))
-    unpack = seconds(lambda: _kernels.unpack_expert(cpu_format, blob, HIDDEN, INNER))
-    stored = _kernels.unpack_expert(cpu_format, blob, HIDDEN, INNER)
-    compare = seconds(lambda: [error_sums(a, b) for a, b in zip(arrays, stored, strict=True)])
-    times = {"decode FP8": seconds(decode), "quantise": pack, "read back": unpack, "compare": compare}
+    compare = seconds(lambda: expert_errors(cpu_format, arrays, blob))
+    times = {"decode FP8": seconds(decode), "quantise": pack, "read back and compare": compare}
     return {name: size / taken for name, taken in times.items()}
 
 

@@ -45,6 +45,14 @@ def expert_bytes(format: str, hidden_size: int, moe_intermediate_size: int) -> i
 def pack_expert(format: str, gate: _Float, up: _Float, down: _Float, out: _U8) -> None:
     """gate, up [I, H], down [H, I] into out [expert_bytes]. NaN and inf are refused, naming the place."""
 
+def error_sums(source: _F32, stored: _F32) -> tuple[float, float, float, float]:
+    """Of vectors: squares of source, stored and difference in float64, and the largest difference."""
+
+def expert_errors(
+    format: str, gate: _Float, up: _Float, down: _Float, blob: _U8
+) -> tuple[tuple[float, float, float, float], ...]:
+    """error_sums() of gate, up and down against what pack_expert() made of them; no block format."""
+
 def unpack_expert(
     format: str, blob: _U8, hidden_size: int, moe_intermediate_size: int
 ) -> tuple[_F32, _F32, _F32]:
