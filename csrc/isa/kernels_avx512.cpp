@@ -410,6 +410,25 @@ void silu_mul(const EpilogueArgs& e) {
   }
 }
 
+// The same columns of another matrix's C, with the same rows.
+inline EpilogueArgs up_of(const EpilogueArgs& e) {
+  EpilogueArgs up = e;
+  up.c = e.c_up;
+  up.scale_b = e.scale_b_up;
+  return up;
+}
+
+template <typename T>
+void silu_pair(const EpilogueArgs& e) {
+  const EpilogueArgs up = up_of(e);
+  for (int r = 0; r < e.rows; ++r) {
+    for (int tile = 0; tile < 2; ++tile) {
+      _mm512_storeu_ps(e.h + r * e.h_stride + tile * kTileCols,
+                       _mm512_mul_ps(silu16(value16<T>(e, r, tile)), value16<T>(up, r, tile)));
+    }
+  }
+}
+
 inline __mmask16 column_mask(int cols, int tile) {
   const int left = cols - tile * kTileCols;
   return left <= 0 ? 0 : tail_mask(static_cast<size_t>(left));
@@ -524,6 +543,8 @@ extern const KernelTable kAvx512Table = {
     unpack_s4,
     silu_mul<int32_t>,
     silu_mul<float>,
+    silu_pair<int32_t>,
+    silu_pair<float>,
     add_weighted<int32_t>,
     add_weighted<float>,
     store_f32<int32_t>,
