@@ -77,6 +77,7 @@ struct EpilogueArgs {
   void* out;          // already at the strip's first column
   size_t out_stride;  // elements
   int cols;           // valid columns of this strip, 1..32
+  bool past_caches;   // out or h is larger than they are: a kernel may store past them (only silu_pair and store)
 };
 
 struct BlockTable;  // blocks.h
