@@ -138,7 +138,9 @@ void bind_hybrid(py::module_& m) {
           "submit", [](BoundCall& self) { kt_submit_call(&self.call); }, py::call_guard<py::gil_scoped_release>())
       .def("sync", [](BoundCall& self) { kt_sync_call(&self.call); }, py::call_guard<py::gil_scoped_release>());
 
-  py::class_<SimEvent, std::shared_ptr<SimEvent>>(m, "SimEvent").def(py::init<>());
+  py::class_<SimEvent, std::shared_ptr<SimEvent>>(m, "SimEvent")
+      .def(py::init<>())
+      .def("hold", &SimEvent::hold, py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
   py::class_<SimStream, std::shared_ptr<SimStream>>(m, "SimStream")
       .def(py::init([] { return joined_without_gil(new SimStream()); }))
       .def("copy", &sim_copy, py::arg("to"), py::arg("source"))

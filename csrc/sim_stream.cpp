@@ -25,6 +25,11 @@ void SimEvent::wait(uint64_t point) {
   reached_.wait(lock, [&] { return point_ >= point; });
 }
 
+bool SimEvent::hold(double seconds) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return reached_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return point_ >= announced_; });
+}
+
 SimStream::SimStream() : thread_([this] { run(); }) {}
 
 SimStream::~SimStream() {

@@ -21,6 +21,7 @@ class SimEvent {
   uint64_t announce();         // by the host, when the record is enqueued: which point a wait means
   void reach(uint64_t point);  // by the stream that records
   void wait(uint64_t point);   // by a stream that waits
+  bool hold(double seconds);   // by the host: until the newest point; false: not reached in time
   uint64_t announced();
 
  private:

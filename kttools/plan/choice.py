@@ -97,8 +97,9 @@ def nearest_fit(subject: Subject, choice: Choice, machine: Machine) -> tuple[Cho
     """The first of the smaller choices that fits; the machine differs by more GPUs of the same size alone."""
     for other, smaller in _smaller(choice, machine):
         found = needs_of(subject, smaller, other)
-        if smaller.gpu_experts is not None and found.hot > found.most_hot:
-            smaller = replace(smaller, gpu_experts=str(found.most_hot))
+        asked = smaller.gpu_experts or "auto"
+        if asked != "auto" and int(asked) > found.most_per_layer:
+            smaller = replace(smaller, gpu_experts=str(found.most_per_layer))
             found = needs_of(subject, smaller, other)
         if found.fits(other):
             return smaller, other

@@ -9,6 +9,7 @@ from kttools.quantize.recipe import make_recipe
 from kttools_runtime import _kernels
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.footprint import StoredTensor, stored_tensors
+from kttools_runtime.hybrid.hot_codes import hot_expert_bytes
 from kttools_runtime.manifest import load_manifest
 from kttools_runtime.shards import ShardWeights
 
@@ -59,10 +60,10 @@ class Layout:
         return total * config.num_experts_per_tok // config.n_routed_experts
 
     @property
-    def largest_expert_bytes(self) -> int:
-        """Of one routed expert in the largest format that occurs; 0 without any."""
-        formats = {name for names in self.expert_formats.values() for name in names}
-        return max((self.expert_bytes(name) for name in formats), default=0)
+    def hot_expert_bytes(self) -> int:
+        """Of one routed expert on a GPU, the largest that occurs; 0 without any."""
+        shape = (self.config.hidden_size, self.config.moe_intermediate_size)
+        return hot_expert_bytes(self.expert_formats.values(), *shape)
 
     def expert_bytes(self, name: str) -> int:
         """One expert of a format, as a pack holds it."""

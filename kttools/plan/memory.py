@@ -7,7 +7,13 @@ import torch
 
 from kttools_runtime import memory
 from kttools_runtime.config import ModelConfig
-from kttools_runtime.device_footprint import DeviceFootprint, most_hot_experts, with_hot_experts
+from kttools_runtime.device_footprint import (
+    DeviceFootprint,
+    hot_rooms,
+    most_hot_experts,
+    with_full_rooms,
+    with_hot_experts,
+)
 from kttools_runtime.footprint import Footprint
 from kttools_runtime.load_plan import LoadRequest
 from kttools_runtime.model import DEFAULT_CACHE_LEN
@@ -28,14 +34,15 @@ class Machine:
 class Needs:
     """What a choice takes. libraries: of the process before anything is loaded; devices: GPUs in order.
 
-    most_hot: routed experts of every MoE layer that fit beside the rest, at most all; hot: those that are
-    planned there.
+    most_hot: routed experts of all layers together that fit beside the rest, at most all; most_per_layer: as
+    many of every layer; hot: those of all layers that are planned there.
     """
 
     ram: Footprint
     libraries: int
     devices: tuple[DeviceFootprint, ...]
     most_hot: int
+    most_per_layer: int
     hot: int
 
     @property
@@ -80,11 +87,15 @@ def needs(
         devices=tuple(range(len(machine.vram))),
     )
     devices, moe = request.on_devices(), layout.config.moe_layers
-    each = layout.largest_expert_bytes
-    most = most_hot_experts(devices, moe, each, machine.vram) if each else 0
-    most = min(most, layout.config.n_routed_experts)
-    hot = most if gpu_experts == "auto" else int(gpu_experts or 0)
-    return Needs(request.host(), libraries_bytes(), with_hot_experts(devices, moe, each, hot), most, hot)
+    each, count = layout.hot_expert_bytes, layout.config.n_routed_experts
+    rooms = hot_rooms(devices, moe, each, count, machine.vram)
+    most = min(most_hot_experts(devices, moe, each, machine.vram), count) if each else 0
+    if gpu_experts == "auto":
+        devices, hot = with_full_rooms(devices, each, rooms), sum(rooms)
+    else:
+        wanted = int(gpu_experts or 0)
+        devices, hot = with_hot_experts(devices, moe, each, wanted), wanted * len(moe)
+    return Needs(request.host(), libraries_bytes(), devices, sum(rooms), most, hot)
 
 
 @cache

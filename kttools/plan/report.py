@@ -62,7 +62,7 @@ class Report:
         if self.device_names:
             options += ["--device", ",".join(self.device_names)]
         if self.needs.hot:
-            options += ["--gpu-experts", str(self.needs.hot)]
+            options += ["--gpu-experts", str(choice.gpu_experts)]
         lines.append(["kttools", "chat", bundle, *options])
         return [shlex.join(line) for line in lines]
 
@@ -152,10 +152,15 @@ def _gpu_experts(report: Report) -> dict[str, Any] | None:
         return None
     gained = None if report.hot_speed is None else report.hot_speed.decode_tokens_s
     return {
-        "per_layer": report.needs.hot,
-        "most_per_layer": report.needs.most_hot,
+        "per_layer": _per_layer(report, report.needs.hot),
+        "most_per_layer": _per_layer(report, report.needs.most_hot),
         "most_decode_tokens_s": gained,
     }
+
+
+def _per_layer(report: Report, count: int) -> float:
+    """The mean over MoE layers, with two digits behind the point."""
+    return math.floor(100 * count / max(1, len(report.layout.config.moe_layers))) / 100
 
 
 def _bounds(speed: Speed) -> dict[str, Any]:
@@ -248,10 +253,11 @@ def _device_rows(report: Report) -> Rows:
             ("  context, graph", f"{size(device.context + device.graph)} (allowance)"),
         ]
         if device.hot_experts:
-            rows.append(("  hot experts", f"{size(device.hot_experts)}, {report.needs.hot} a layer"))
+            rows.append(("  hot experts", f"{size(device.hot_experts)} in int4"))
     if rows and report.hot_speed is not None:
+        hot, most = (_per_layer(report, n) for n in (report.needs.hot, report.needs.most_hot))
         gained = f"{rounded(report.hot_speed.decode_tokens_s)} tok/s"
-        rows.append(("hot experts", f"at most {report.needs.most_hot} a layer fit: decode at most {gained}"))
+        rows.append(("hot experts", f"{hot:g} a layer, at most {most:g} fit: decode at most {gained}"))
     return rows
 
 

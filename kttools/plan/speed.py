@@ -23,9 +23,9 @@ class Speed:
 
     ceilings: of the CPU; gpu: of one GPU, None without. expert_bytes: chosen experts; dense_bytes: everything
     else that a token reads, of which shared_bytes are the shared experts'; cache_bytes: of a full cache.
-    hot_share: of the chosen experts that are on the GPU, every expert being chosen alike. chunk_tokens are
-    prefilled at a time, and read chunk_bytes of expert weights (every expert is chosen by some token of a
-    chunk) and the dense ones.
+    hot_share: of the chosen experts that are on the GPU, every expert being chosen alike; hot_bytes: theirs.
+    chunk_tokens are prefilled at a time, and read chunk_bytes of expert weights (every expert is chosen by
+    some token of a chunk) and the dense ones.
     """
 
     ceilings: Ceilings
@@ -40,6 +40,7 @@ class Speed:
     chunk_tokens: int
     chunk_bytes: int
     hot_share: float = 0.0
+    hot_bytes: int = 0
 
     @property
     def decode_bytes(self) -> int:
@@ -64,7 +65,7 @@ class Speed:
         hot, cold = self.hot_share, 1 - self.hot_share
         alone = floor_s(self.gpu, dense - self.shared_bytes, ops - self.expert_ops)
         cpu = floor_s(self.ceilings, cold * self.expert_bytes, cold * self.expert_ops)
-        gpu = floor_s(self.gpu, self.shared_bytes + hot * self.expert_bytes, hot * self.expert_ops)
+        gpu = floor_s(self.gpu, self.shared_bytes + self.hot_bytes, hot * self.expert_ops)
         return alone + max(cpu, gpu)
 
     @property
@@ -86,7 +87,7 @@ def speed(
 ) -> Speed:
     """Upper bounds for a layout. The embedding is looked up, so it is read only where it is the head too.
 
-    hot: routed experts of every MoE layer on the GPU.
+    hot: routed experts of all MoE layers together on the GPUs.
     """
     config = layout.config
     dense = [t for t in layout.tensors if t.name != EMBEDDING or config.tie_word_embeddings]
@@ -96,6 +97,7 @@ def speed(
     active = parameter_counts(config)["active"]
     chosen = len(config.moe_layers) * config.num_experts_per_tok
     chunk = min(DEFAULT_CHUNK_SIZE, cache_len)
+    hot_share = hot / max(1, config.n_routed_experts * len(config.moe_layers))
     return Speed(
         ceilings=ceilings,
         gpu=gpu,
@@ -108,7 +110,8 @@ def speed(
         head_ops=head_ops,
         chunk_tokens=chunk,
         chunk_bytes=min(layout.pack_bytes, layout.chosen_expert_bytes * chunk),
-        hot_share=hot / config.n_routed_experts,
+        hot_share=hot_share,
+        hot_bytes=int(hot_share * chosen * layout.hot_expert_bytes),
     )
 
 

@@ -302,6 +302,9 @@ class ExpertCall:
 class SimEvent:
     """A point in a simulated stream."""
 
+    def hold(self, seconds: float) -> bool:
+        """Wait for the newest point; False: it was not reached in time."""
+
 @final
 class SimStream:
     """A thread that runs what is enqueued, in order."""

@@ -19,6 +19,12 @@ CONTEXT_BYTES = 640 << 20
 GRAPH_LAYER_BYTES = 20 * (64 << 10)
 # Keys and values that prefill expands at once, as on the CPU.
 HEAD_BLOCK_BYTES = 256 << 20
+# Of a quantised matrix that a chunk of prompt has expanded to bf16 at a time (the largest of DeepSeek-V3's
+# attention is 470 MB), and how much more its codes on the way take.
+EXPANDED_BYTES = 64 << 20
+EXPANSION = 2
+# Experts of a prompt that are streamed: one computed, one on its way (hybrid/feed.py).
+FED_EXPERTS = 2
 # int4 on the GPU: scale and zero of a group as bf16, where the shards have a byte each.
 INT4_GROUP_FACTOR = 2
 # Looked up by row: one row goes down with the ids, 14 KiB for DeepSeek-V3, and 1.7 GiB stay out of VRAM.
@@ -29,7 +35,7 @@ IS_EMBEDDING_ON_DEVICE = False
 class DeviceFootprint:
     """One GPU. layers: [first, last); weights: by stored format ("float32": norms and routers).
 
-    workspace: activations of a chunk of the prompt, and one matrix expanded for it; hot_experts: routed
+    workspace: activations of a chunk of the prompt, what is expanded and streamed for it; hot_experts: routed
     experts held here besides.
     """
 
@@ -68,8 +74,12 @@ def device_footprints(
     count: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    expert_bytes: int = 0,
 ) -> tuple[DeviceFootprint, ...]:
-    """`count` GPUs, layers in order, each with about the same bytes; the last one has the head too."""
+    """`count` GPUs, layers in order, each with about the same bytes; the last one has the head too.
+
+    expert_bytes: of a pack's expert, which prompts stream to the GPU; 0: they do not.
+    """
     held = list(tensors)
     layers = config.num_hidden_layers
     blocks = [_Block() for _ in range(layers + 1)]
@@ -83,7 +93,7 @@ def device_footprints(
     sizes = [
         sum(block.weights.values()) + (cache + graph if i < layers else 0) for i, block in enumerate(blocks)
     ]
-    work = workspace_bytes(config, held, cache_len, dtype, chunk_size)
+    work = workspace_bytes(config, held, cache_len, dtype, chunk_size, expert_bytes)
     found = []
     for first, last in _runs(sizes, count):
         total: dict[str, int] = {}
@@ -117,16 +127,29 @@ def workspace_bytes(
     cache_len: int,
     dtype: torch.dtype = torch.bfloat16,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    expert_bytes: int = 0,
 ) -> int:
-    """An estimate: a chunk of the prompt in the fullest layer, and its largest matrix expanded to dtype."""
+    """An estimate: a chunk of the prompt in the fullest layer, with matrices expanded to dtype some rows at a
+    time, or with experts streamed. expert_bytes: of one expert in its pack; 0: none is streamed."""
     chunk, item, heads = min(chunk_size, cache_len), dtype.itemsize, config.num_attention_heads
     matrices = [t.elements for t in tensors if t.format not in (None, "bf16") and ".layers." in t.name]
-    expanded = item * max(matrices, default=0)
+    expanded = EXPANSION * min(item * max(matrices, default=0), EXPANDED_BYTES)
     stream = 3 * 4 * chunk * config.hidden_size
     keys = 2 * item * cache_len * heads * max(config.qk_head_dim, config.v_head_dim)
     attended = (4 + item) * chunk * heads * (config.qk_head_dim + config.v_head_dim)
     inner = max(config.intermediate_size, config.shared_intermediate_size)
-    return expanded + stream + max(attended + min(keys, HEAD_BLOCK_BYTES), 3 * 4 * chunk * inner)
+    dense = expanded + max(attended + min(keys, HEAD_BLOCK_BYTES), 3 * 4 * chunk * inner)
+    return stream + max(dense, _streamed_bytes(config, item, chunk, expert_bytes))
+
+
+def _streamed_bytes(config: ModelConfig, item: int, chunk: int, expert_bytes: int) -> int:
+    """Two places, the codes of one expert in order, half of it expanded, and rows if all tokens choose it."""
+    if not expert_bytes:
+        return 0
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    expanded = EXPANSION * item * 2 * inner * hidden
+    rows = chunk * ((4 + item) * (hidden + 2 * inner) + 3 * 4 * hidden)
+    return (FED_EXPERTS + 1) * expert_bytes + expanded + rows
 
 
 def with_hot_experts(
@@ -149,6 +172,30 @@ def most_hot_experts(
         if layers:
             counts.append(max(0, limit - device.total) // (layers * expert_bytes))
     return min(counts, default=0)
+
+
+def hot_rooms(
+    devices: Sequence[DeviceFootprint],
+    moe_layers: Sequence[int],
+    expert_bytes: int,
+    num_experts: int,
+    free: Sequence[int],
+) -> tuple[int, ...]:
+    """How many experts each GPU takes until it is full, of all its MoE layers together; at most all."""
+    rooms = []
+    for device, limit in zip(devices, free, strict=True):
+        layers = sum(_has(device, layer) for layer in moe_layers)
+        fitting = max(0, limit - device.total) // expert_bytes if expert_bytes else 0
+        rooms.append(min(fitting, layers * num_experts))
+    return tuple(rooms)
+
+
+def with_full_rooms(
+    devices: Sequence[DeviceFootprint], expert_bytes: int, rooms: Sequence[int]
+) -> tuple[DeviceFootprint, ...]:
+    """The same with so many hot experts on each GPU."""
+    pairs = zip(devices, rooms, strict=True)
+    return tuple(replace(device, hot_experts=count * expert_bytes) for device, count in pairs)
 
 
 def _has(device: DeviceFootprint, layer: int) -> bool:

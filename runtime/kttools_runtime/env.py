@@ -3,6 +3,8 @@
 KTTOOLS_ISA         name of the kernel table to force (see `kttools doctor`); an unknown name is an error
 KTTOOLS_CPU_INFER   number of CPU threads of the expert engine when no option says otherwise
 KTTOOLS_DEVICE_LINEAR    kind of int4 and int8 linears on a device: auto (default), packed, triton or dense
+KTTOOLS_DEVICE_EXPERTS   codes of hot experts on a device: auto (default), int4 or pack
+KTTOOLS_SIMULATED_VRAM   memory of each simulated device (cpu:0), such as 24G or 50M; unset: none of its own
 KTTOOLS_ENGINE_TIMEOUT   seconds a device waits for one layer's experts before the step fails (default 60)
 XDG_CACHE_HOME      where calibrations of this machine are kept, in kttools/ (default ~/.cache)
 
@@ -16,6 +18,7 @@ from pathlib import Path
 from .errors import UsageError
 
 KEPT_KERNELS = 32
+UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def forced_isa() -> str | None:
@@ -51,6 +54,22 @@ def default_threads() -> int:
 def device_linear() -> str:
     """KTTOOLS_DEVICE_LINEAR, or "auto"."""
     return os.environ.get("KTTOOLS_DEVICE_LINEAR") or "auto"
+
+
+def device_experts() -> str:
+    """KTTOOLS_DEVICE_EXPERTS, or "auto"."""
+    return os.environ.get("KTTOOLS_DEVICE_EXPERTS") or "auto"
+
+
+def simulated_vram() -> int | None:
+    """KTTOOLS_SIMULATED_VRAM in bytes, or None when unset. Raises UsageError on anything else."""
+    text = os.environ.get("KTTOOLS_SIMULATED_VRAM")
+    if not text:
+        return None
+    unit = UNITS.get(text[-1].upper(), 0)
+    if not unit or not text[:-1].isdecimal() or int(text[:-1]) < 1:
+        raise UsageError(f"KTTOOLS_SIMULATED_VRAM must be a size such as 24G or 50M, got {text!r}")
+    return int(text[:-1]) * unit
 
 
 def engine_timeout_s() -> float:

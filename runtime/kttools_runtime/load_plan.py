@@ -64,7 +64,15 @@ class LoadRequest:
         """VRAM of each GPU."""
         if not self.devices:
             return ()
-        found = device_footprints(self.config, self.tensors, self.cache_len, len(self.devices), self.dtype)
+        streamed = self.experts // max(1, len(self.config.moe_layers) * self.config.n_routed_experts)
+        found = device_footprints(
+            self.config,
+            self.tensors,
+            self.cache_len,
+            len(self.devices),
+            self.dtype,
+            expert_bytes=streamed,
+        )
         return with_hot_experts(found, self.config.moe_layers, self.expert_bytes, self.hot_experts)
 
 

@@ -18,6 +18,7 @@ from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.footprint import stored_tensors
 from kttools_runtime.hybrid import linears, prefill
 from kttools_runtime.hybrid.choose import most_used, profile_counts
+from kttools_runtime.hybrid.feed import ExpertFeed
 from kttools_runtime.hybrid.hot import expanded
 from kttools_runtime.hybrid.mixture import split_late
 from kttools_runtime.hybrid.prefill import Calibration
@@ -234,7 +235,7 @@ def test_measure_times_both_sides(nano_bundle: Path) -> None:
     model: Any = kt.load(nano_bundle, device="cpu:0", threads=1)
     layer = model.mixtures[1].layer.experts
     pack = PackFile(load_manifest(nano_bundle).expert_path(1))
-    found = prefill.measure(layer, pack, CPU, torch.bfloat16)
+    found = prefill.measure(layer, pack, ExpertFeed(CPU), torch.bfloat16)
     assert found.cpu_row_s + found.cpu_expert_s > 0
     assert 0 < found.device_expert_s + found.device_row_s < 10
 
@@ -246,9 +247,11 @@ def test_device_memory_of_a_prompt_is_bounded(
     """The peak of live tensors, cache and weights excluded: about what plan reckons for a chunk of 64, and
     four times the prompt adds no more than masks and keys of its longer context."""
     monkeypatch.setattr(linears, "EXPANDED_BYTES", 1 << 16)
+    monkeypatch.setattr(linears, "DENSE_ROWS", 16)
     manifest = load_manifest(nano_bundle)
     files = [manifest.path(name) for name in manifest.files if name.endswith(".safetensors")]
     tensors = stored_tensors(ShardWeights(files, manifest.linears).infos, manifest.linears)
+    expert = PackFile(manifest.expert_path(1)).blob_bytes(0)
     model = kt.load(nano_bundle, device="cpu:0", threads=1, prefill=policy)
     peaks = []
     for length in (128, 512):
@@ -259,7 +262,7 @@ def test_device_memory_of_a_prompt_is_bounded(
         with PeakBytes() as peak:
             model.prefill(tokens, cache, chunk_size=64)
         peaks.append(peak.bytes)
-        plan = workspace_bytes(manifest.model, tensors, length, torch.bfloat16, 64)
+        plan = workspace_bytes(manifest.model, tensors, length, torch.bfloat16, 64, expert)
         assert peak.bytes <= 1.15 * plan, length  # an estimate; 1.07 of it here
     assert 0 < peaks[0] <= peaks[1] <= 3 * peaks[0]
 

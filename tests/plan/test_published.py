@@ -126,11 +126,15 @@ def test_hot_experts_fill_what_is_free(directory: Path, capsys: pytest.CaptureFi
     assert hot["per_layer"] == hot["most_per_layer"] == without["gpu_experts"]["most_per_layer"] > 4
     device = found["devices"][0]
     left = device["limit_bytes"] - device["total_bytes"]
-    assert 0 <= left < device["hot_expert_bytes"] / hot["per_layer"]
+    count = round(device["hot_expert_bytes"] / (3 * 7168 * 2048 * 4.25 / 8))
+    assert hot["per_layer"] == pytest.approx(count / 58, rel=0.005)
+    assert 0 <= left < device["hot_expert_bytes"] / count
     gain = found["upper_bounds"]["decode_tokens_s"] / without["upper_bounds"]["decode_tokens_s"]
     assert 1 < gain < 256 / (256 - hot["per_layer"])
     assert hot["most_decode_tokens_s"] == found["upper_bounds"]["decode_tokens_s"]
-    assert f"--gpu-experts {hot['per_layer']}" in found["commands"][-1]
+    assert "--gpu-experts auto" in found["commands"][-1]
+    number, _ = plan(capsys, *line, "--gpu-experts", str(int(hot["per_layer"])))
+    assert number["devices"][0]["total_bytes"] <= device["total_bytes"]
     assert "--gpu-experts" not in without["commands"][-1]
 
 

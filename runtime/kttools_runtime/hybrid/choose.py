@@ -6,14 +6,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kttools_runtime import strict_json
+from kttools_runtime import env, strict_json
 from kttools_runtime.config import ModelConfig
-from kttools_runtime.device_footprint import DeviceFootprint, most_hot_experts
+from kttools_runtime.device_footprint import DeviceFootprint, hot_rooms
 from kttools_runtime.errors import InvalidInputError, ResourceError, UnsupportedModelError, UsageError
 from kttools_runtime.safetensors_file import read_header, read_tensor
 
+from .hot_codes import hot_expert_bytes
 from .options import HybridOptions
-from .untile import PackFile, expert_device_bytes
+from .untile import PackFile
 
 PROFILE_FORMAT, LIST_FORMAT = "kttools-expert-profile", "kttools-gpu-experts"
 SYNTAX = "expected auto, a number of experts per layer, a FILE, or auto:FILE or N:FILE"
@@ -24,6 +25,7 @@ def hot_experts(
     config: ModelConfig,
     packs: Mapping[int, PackFile],
     footprints: Sequence[DeviceFootprint],
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[int, list[int]]:
     """Expert ids by layer, sorted. Raises UsageError, InvalidInputError, ResourceError."""
     if options.gpu_experts is None or not packs:
@@ -37,13 +39,16 @@ def hot_experts(
         if document.get("format") == LIST_FORMAT:
             return listed_experts(document, file, config)
         counts = profile_counts(document, file, config)
-    number = _fitting(options, config, packs, footprints) if wanted is None else wanted
-    if number > config.n_routed_experts:
-        raise UsageError(f"gpu-experts: {number} of {config.n_routed_experts} experts per layer")
+    if wanted is not None and wanted > config.n_routed_experts:
+        raise UsageError(f"gpu-experts: {wanted} of {config.n_routed_experts} experts per layer")
     runs = [[i for i in packs if own.layers[0] <= i < own.layers[1]] for own in footprints]
+    if wanted is None:
+        totals = _rooms(options, config, packs, footprints, dtype)
+    else:
+        totals = tuple(wanted * len(layers) for layers in runs)
     chosen: dict[int, list[int]] = {}
-    for layers in runs:
-        chosen |= most_used(counts, layers, config.n_routed_experts, number * len(layers))
+    for layers, total in zip(runs, totals, strict=True):
+        chosen |= most_used(counts, layers, config.n_routed_experts, total)
     return chosen
 
 
@@ -67,9 +72,11 @@ def parse_request(text: str) -> tuple[int | None, Path | None]:
 def most_used(
     counts: Mapping[int, Tensor], layers: Sequence[int], num_experts: int, total: int
 ) -> dict[int, list[int]]:
-    """The `total` most used (layer, expert) pairs of these layers; without counts the same number in each."""
+    """The `total` most used (layer, expert) pairs of these layers; without counts as many in each, the first
+    ones getting what is over."""
     if not layers or not all(layer in counts for layer in layers):
-        return {layer: list(range(total // max(1, len(layers)))) for layer in layers}
+        each, over = divmod(total, max(1, len(layers)))
+        return {layer: list(range(each + (place < over))) for place, layer in enumerate(layers)}
     share = torch.stack([counts[layer] / counts[layer].sum().clamp(min=1e-30) for layer in layers])
     best = share.flatten().argsort(descending=True, stable=True)[:total].tolist()
     chosen: dict[int, list[int]] = {layer: [] for layer in layers}
@@ -112,22 +119,30 @@ def profile_counts(document: dict[str, object], file: Path, config: ModelConfig)
     return dict(zip(config.moe_layers, total, strict=True))
 
 
-def _fitting(
+def _rooms(
     options: HybridOptions,
     config: ModelConfig,
     packs: Mapping[int, PackFile],
     footprints: Sequence[DeviceFootprint],
-) -> int:
-    """Experts of every layer that fit into what is free beside the rest."""
-    if options.devices.is_simulated:
-        raise UsageError("gpu-experts auto: simulated devices have no memory of their own; give a number")
-    largest = max(
-        expert_device_bytes(form, config.hidden_size, config.moe_intermediate_size)
-        for pack in packs.values()
-        for form in set(pack.header.formats)
-    )
-    free = [torch.cuda.mem_get_info(index)[0] for index in options.devices.cuda_indices]
-    count = most_hot_experts(footprints, config.moe_layers, largest, free)
-    if count == 0:
+    dtype: torch.dtype,
+) -> tuple[int, ...]:
+    """Experts that each device takes beside the rest. Raises ResourceError where there is room for none."""
+    names = [pack.names for pack in packs.values()]
+    each = hot_expert_bytes(names, config.hidden_size, config.moe_intermediate_size, dtype)
+    rooms = hot_rooms(footprints, config.moe_layers, each, config.n_routed_experts, _free(options))
+    if not any(rooms):
         raise ResourceError("gpu-experts auto: no device memory is left for experts beside the rest")
-    return min(count, config.n_routed_experts)
+    return rooms
+
+
+def _free(options: HybridOptions) -> list[int]:
+    """Bytes of each device."""
+    if not options.devices.is_simulated:
+        return [torch.cuda.mem_get_info(index)[0] for index in options.devices.cuda_indices]
+    budget = env.simulated_vram()
+    if budget is None:
+        raise UsageError(
+            "gpu-experts auto: simulated devices have no memory of their own; give a number, or set"
+            " KTTOOLS_SIMULATED_VRAM"
+        )
+    return [budget] * len(options.devices.names)

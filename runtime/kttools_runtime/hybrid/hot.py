@@ -1,7 +1,7 @@
-"""Hot experts: some experts of a layer on the device, in the codes of their pack, so that nothing is rounded
-a second time. The engine gets their ids as -1 and never touches their pages."""
+"""Hot experts: some of a layer's experts on the device (their codes: hot_codes.py). The engine gets -1 for
+their ids and never touches their pages."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from kttools_runtime.errors import UnsupportedModelError
 from kttools_runtime.weights import LinearWeights
 
 from .linears import expand_int4
-from .untile import ExpertCodes, PackFile
+from .untile import ExpertCodes
 
 
 def expanded(matrix: LinearWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -38,16 +38,27 @@ def gated(x: Tensor, codes: ExpertCodes, dtype: torch.dtype) -> Tensor:
     return product(functional.silu(gate).mul_(up), codes.down, dtype)
 
 
-def add_experts(
-    x: Tensor, ids: Tensor, weights: Tensor, experts: Sequence[tuple[int, ExpertCodes]], dtype: torch.dtype
-) -> Tensor:
-    """float32 [T, H]: what these experts add; ids [T, k] as the router gave them, on x's device."""
-    out = torch.zeros(x.shape[0], x.shape[1], device=x.device)
-    for expert, codes in experts:
-        rows, columns = (ids == expert).nonzero(as_tuple=True)
-        if len(rows):
-            out.index_add_(0, rows, gated(x[rows], codes, dtype) * weights[rows, columns, None])
-    return out
+class ExpertSum:
+    """float32 [T, H] `out`: the sum of what experts add, one after the other.
+
+    ids [T, k] as the router gave them (-1: none) and weights are on x's device; they are read back from it
+    once, so that adding an expert asks the device nothing.
+    """
+
+    def __init__(self, x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, dtype: torch.dtype) -> None:
+        self.x, self.dtype, self.k = x, dtype, ids.shape[1]
+        self.out = torch.zeros(x.shape[0], x.shape[1], device=x.device)
+        flat = ids.flatten()
+        self._order = flat.argsort(stable=True)
+        self._weights = weights.flatten()
+        self._ends = torch.bincount(flat + 1, minlength=num_experts + 1).cumsum(0).tolist()
+
+    def add(self, expert: int, codes: ExpertCodes) -> None:
+        chosen = self._order[self._ends[expert] : self._ends[expert + 1]]
+        if len(chosen):
+            rows = chosen // self.k
+            product = gated(self.x[rows], codes, self.dtype)
+            self.out.index_add_(0, rows, product * self._weights[chosen, None])
 
 
 class HotExperts:
@@ -55,21 +66,21 @@ class HotExperts:
 
     def __init__(
         self,
-        pack: PackFile,
-        experts: Sequence[int],
+        codes: Mapping[int, ExpertCodes],
+        num_experts: int,
         device: torch.device,
         dtype: torch.dtype,
         is_triton: bool = False,
     ) -> None:
-        self.experts = tuple(experts)
+        """codes: of each hot expert, all of one kind, on the device."""
+        self.experts = tuple(codes)
         self.dtype = dtype
         self.is_triton = is_triton
-        slots = torch.full((pack.header.num_experts,), -1, dtype=torch.int64)
-        slots[list(experts)] = torch.arange(len(self.experts))
+        slots = torch.full((num_experts,), -1, dtype=torch.int64)
+        slots[list(self.experts)] = torch.arange(len(self.experts))
         self.slot_of = slots.to(device)
-        codes = [pack.codes(expert, device, keep_cached=False) for expert in self.experts]
-        self.gate_up = _stacked([c.gate_up for c in codes])
-        self.down = _stacked([c.down for c in codes])
+        self.gate_up = _stacked([c.gate_up for c in codes.values()])
+        self.down = _stacked([c.down for c in codes.values()])
 
     @property
     def nbytes(self) -> int:
@@ -84,9 +95,11 @@ class HotExperts:
         return torch.where(self.slots(ids) < 0, ids, -1)
 
     def chunk(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Many tokens, grouped by expert; reads ids back from the device."""
-        held = [(expert, self._codes(slot)) for slot, expert in enumerate(self.experts)]
-        return add_experts(x, ids, weights, held, self.dtype)
+        """Many tokens, grouped by expert."""
+        total = ExpertSum(x, ids, weights, len(self.slot_of), self.dtype)
+        for slot, expert in enumerate(self.experts):
+            total.add(expert, self._codes(slot))
+        return total.out
 
     def one(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """One token without asking the device anything: x [1, H], ids and weights [1, k] -> [1, H].

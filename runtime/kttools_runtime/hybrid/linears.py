@@ -13,19 +13,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from kttools_runtime import env
+from kttools_runtime.device_footprint import EXPANDED_BYTES
 from kttools_runtime.errors import UsageError
 from kttools_runtime.linear import Linear, TorchLinear
 from kttools_runtime.weights import LinearWeights
 
-# Rows from which an int4 or int8 matrix is expanded to bf16 once for a matrix product: a packed kernel reads
-# it for a few rows at a time, and a product of many is bound by arithmetic. An assumption, not measured.
+from .packed_layout import INNER_K_TILES, pack_codes, packed_layout, whole_rows
+
+# Rows from which an int4 or int8 matrix is expanded to bf16 for a matrix product: a packed kernel reads it
+# for a few rows at a time, and a product of many is bound by arithmetic. On CUDA measured once a process.
 DENSE_ROWS = 128
-# Of a matrix expanded at a time: the largest of DeepSeek-V3's attention is 470 MB.
-EXPANDED_BYTES = 64 << 20
+TRIED_ROWS = (16, 32, 64, 128, 256, 512, 1024)
+PROBE_SIZE = 4096
 KINDS = ("auto", "packed", "triton", "dense")
-# _weight_int4pack_mm: inner tiles of 16 inputs, columns of a tile.
-INNER_K_TILES = 8
-PACKED_ROWS = {"cpu": 16, "cuda": 8}
 
 
 def expand_int4(qweight: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
@@ -35,14 +35,35 @@ def expand_int4(qweight: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype
     return (q.to(dtype) * scale[..., None].to(dtype)).sub_(zero[..., None].to(dtype)).flatten(-2)
 
 
+def expanded_product(x: Tensor, row_scale: Tensor, unit: int, expand: Callable[[int, int], Tensor]) -> Tensor:
+    """x [T, K] times a matrix that is expanded some rows at a time -> float32 [T, N].
+
+    expand(first, last): rows of it without their scales, integers of at most 8 bits, in x's dtype; the range
+    is in whole units. The head of DeepSeek-V3 alone is 1.9 GB in bf16.
+    """
+    rows = len(row_scale)
+    step = max(1, EXPANDED_BYTES // (x.shape[1] * x.dtype.itemsize) // unit) * unit
+    out = torch.empty(x.shape[0], rows, device=x.device)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        weight = expand(first, -(-last // unit) * unit)[: last - first]
+        torch.mul(functional.linear(x, weight), row_scale[first:last], out=out[:, first:last])
+    return out
+
+
 class PackedInt4Linear:
-    """torch's packed int4 product; x [num_tokens, K] float32 -> [num_tokens, N] float32."""
+    """torch's packed int4 product; x [num_tokens, K] float32 -> [num_tokens, N] float32.
+
+    From dense_rows rows on the packed matrix is expanded instead (where its layout is known).
+    """
 
     __slots__ = (
         "bias",
+        "dense_rows",
         "dtype",
         "group_size",
         "in_features",
+        "layout",
         "out_features",
         "packed",
         "row_scale",
@@ -50,36 +71,49 @@ class PackedInt4Linear:
     )
 
     def __init__(
-        self, matrix: LinearWeights, device: torch.device, dtype: torch.dtype, bias: Tensor | None
+        self,
+        matrix: LinearWeights,
+        device: torch.device,
+        dtype: torch.dtype,
+        bias: Tensor | None,
+        dense_rows: int = DENSE_ROWS,
     ) -> None:
         self.dtype = dtype
         self.bias = bias
+        self.dense_rows = dense_rows
         self.in_features, self.out_features = matrix.in_features, matrix.out_features
         self.group_size = matrix.group_size
         self.row_scale = matrix.parts["row_scale"].to(device)
-        low, high = matrix.parts["qweight"] & 15, matrix.parts["qweight"] >> 4
-        unit = PACKED_ROWS[device.type]
-        rows = -(-self.out_features // unit) * unit - self.out_features
-        if device.type == "cpu":
-            codes = functional.pad(torch.stack((low, high), -1).flatten(1).to(torch.int32), (0, 0, 0, rows))
-            self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, INNER_K_TILES)
-        else:  # takes pairs with the even input in the high nibble
-            pairs = functional.pad(low << 4 | high, (0, 0, 0, rows)).to(device)
-            self.packed = torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_K_TILES)
+        pairs = whole_rows(matrix.parts["qweight"], device)
+        self.packed = pack_codes(torch.stack((pairs & 15, pairs >> 4), -1).flatten(1), device)
+        self.layout = packed_layout(device)
         scale, zero = (matrix.parts[name].to(torch.int16) for name in ("group_scale", "group_zero"))
         both = torch.stack((scale, 8 * scale - zero), dim=-1)  # the kernel computes (q - 8) scale + zero
-        both = functional.pad(both, (0, 0, 0, 0, 0, rows))
-        self.scales = both.transpose(0, 1).to(device, dtype).contiguous()
+        self.scales = whole_rows(both, device).transpose(0, 1).to(device, dtype).contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         padded = self.scales.shape[0] * self.group_size
         x = x.to(self.dtype)
         if padded != self.in_features:
             x = functional.pad(x, (0, padded - self.in_features))
-        op = torch.ops.aten._weight_int4pack_mm_for_cpu if x.is_cpu else torch.ops.aten._weight_int4pack_mm
-        out = op(x.contiguous(), self.packed, self.group_size, self.scales)
-        out = out[:, : self.out_features].to(torch.float32) * self.row_scale
+        if x.shape[0] >= self.dense_rows and self.layout is not None:
+            out = expanded_product(x, self.row_scale, self.layout.rows, self._expanded)
+        else:
+            op = (
+                torch.ops.aten._weight_int4pack_mm_for_cpu if x.is_cpu else torch.ops.aten._weight_int4pack_mm
+            )
+            out = op(x.contiguous(), self.packed, self.group_size, self.scales)
+            out = out[:, : self.out_features].to(torch.float32) * self.row_scale
         return out if self.bias is None else out.add_(self.bias)
+
+    def _expanded(self, first: int, last: int) -> Tensor:
+        """(q - 8) scale + zero of these rows: every step is an integer of at most 8 bits, exact in bf16."""
+        if self.layout is None:
+            raise AssertionError("expanded without a layout")
+        codes = self.layout.codes(self.packed, first, last, self.scales.shape[0] * self.group_size)
+        scale, zero = self.scales[:, first:last].permute(2, 1, 0)[..., None]
+        weight = codes.to(self.dtype).sub_(8).unflatten(1, (-1, self.group_size))
+        return weight.mul_(scale).add_(zero).flatten(1)
 
     @staticmethod
     def takes(matrix: LinearWeights, device: torch.device) -> bool:
@@ -90,7 +124,7 @@ class PackedInt4Linear:
 class CodesLinear:
     """int8 or int4 codes as the shard has them: expanded for many rows, or through our Triton kernel."""
 
-    __slots__ = ("bias", "dtype", "in_features", "is_triton", "parts", "row_scale")
+    __slots__ = ("bias", "dense_rows", "dtype", "in_features", "is_triton", "parts", "row_scale")
 
     def __init__(
         self,
@@ -99,40 +133,30 @@ class CodesLinear:
         dtype: torch.dtype,
         bias: Tensor | None,
         is_triton: bool,
+        dense_rows: int = DENSE_ROWS,
     ) -> None:
         self.dtype = dtype
         self.bias = bias
         self.in_features = matrix.in_features
         self.is_triton = is_triton
+        self.dense_rows = dense_rows
         self.parts = {name: part.to(device).contiguous() for name, part in matrix.parts.items()}
         self.row_scale = self.parts.pop("row_scale")
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
-        if self.is_triton and x.shape[0] < DENSE_ROWS:
+        if self.is_triton and x.shape[0] < self.dense_rows:
             from .triton_kernels import codes_matmul
 
             out = codes_matmul(x, self.parts, self.row_scale)
         else:
-            out = self._expanded_product(x)
+            out = expanded_product(x, self.row_scale, 1, self._expanded)
         return out if self.bias is None else out.add_(self.bias)
 
-    def _expanded_product(self, x: Tensor) -> Tensor:
-        """With the codes expanded some rows at a time: the head of DeepSeek-V3 alone is 1.9 GB in bf16."""
-        rows = len(self.row_scale)
-        step = max(1, EXPANDED_BYTES // (self.in_features * self.dtype.itemsize))
-        out = torch.empty(x.shape[0], rows, device=x.device)
-        for first in range(0, rows, step):
-            part = slice(first, first + step)
-            product = functional.linear(x, self._expanded(part)).to(torch.float32)
-            torch.mul(product, self.row_scale[part], out=out[:, part])
-        return out
-
-    def _expanded(self, rows: slice) -> Tensor:
-        """[rows, K] without the rows' scales: integers of at most 8 bits, exact in bfloat16."""
+    def _expanded(self, first: int, last: int) -> Tensor:
         if len(self.parts) == 1:
-            return self.parts["qweight"][rows].to(self.dtype)
-        q, scale, zero = (self.parts[name][rows] for name in ("qweight", "group_scale", "group_zero"))
+            return self.parts["qweight"][first:last].to(self.dtype)
+        q, scale, zero = (self.parts[name][first:last] for name in ("qweight", "group_scale", "group_zero"))
         return expand_int4(q, scale, zero, self.dtype)[:, : self.in_features]
 
 
@@ -157,9 +181,11 @@ def linear_maker(
             return TorchLinear(matrix.dequantized().to(device=device, dtype=dtype), bias)
         is_packed = matrix.format == "int4" and PackedInt4Linear.takes(matrix, device)
         chosen = kind if kind != "auto" else _fastest(matrix.format, is_packed, device)
-        if chosen == "packed" and is_packed:
-            return PackedInt4Linear(matrix, device, dtype, bias)
-        return CodesLinear(matrix, device, dtype, bias, chosen == "triton")
+        is_packed = is_packed and chosen == "packed"
+        rows = _dense_rows(device, is_packed) if is_packed or chosen == "triton" else DENSE_ROWS
+        if is_packed:
+            return PackedInt4Linear(matrix, device, dtype, bias, rows)
+        return CodesLinear(matrix, device, dtype, bias, chosen == "triton", rows)
 
     return make
 
@@ -178,18 +204,35 @@ def _fastest(form: str, is_packed: bool, device: torch.device) -> str:
 @functools.cache
 def _measured_int4(device: torch.device) -> str:
     """The faster of torch's packed product and our kernel for one row of [4096, 4096] on this device."""
-    size, group = 4096, 64
+    x = torch.ones(1, PROBE_SIZE, device=device)
+    return min(
+        ("packed", "triton"), key=lambda kind: _milliseconds(_probe_linear(device, kind == "packed", 2), x)
+    )
+
+
+@functools.cache
+def _dense_rows(device: torch.device, is_packed: bool) -> int:
+    """The least of TRIED_ROWS for which a matrix of [4096, 4096] is faster expanded than by its kernel."""
+    if device.type != "cuda":
+        return DENSE_ROWS
+    for rows in TRIED_ROWS:
+        x = torch.ones(rows, PROBE_SIZE, device=device)
+        kernel, dense = (_milliseconds(_probe_linear(device, is_packed, r), x) for r in (rows + 1, rows))
+        if dense < kernel:
+            return rows
+    return TRIED_ROWS[-1]
+
+
+def _probe_linear(device: torch.device, is_packed: bool, dense_rows: int) -> Linear:
+    size, group = PROBE_SIZE, 64
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (size, size // 2), dtype=torch.uint8, generator=generator)
     ones = torch.ones(size, size // group, dtype=torch.uint8)
     parts = {"qweight": codes, "group_scale": ones, "group_zero": 8 * ones, "row_scale": torch.ones(size)}
     matrix = LinearWeights("measured", size, "int4", parts)
-    x = torch.ones(1, size, device=device)
-    candidates: dict[str, Linear] = {
-        "packed": PackedInt4Linear(matrix, device, torch.bfloat16, None),
-        "triton": CodesLinear(matrix, device, torch.bfloat16, None, True),
-    }
-    return min(candidates, key=lambda name: _milliseconds(candidates[name], x))
+    if is_packed:
+        return PackedInt4Linear(matrix, device, torch.bfloat16, None, dense_rows)
+    return CodesLinear(matrix, device, torch.bfloat16, None, True, dense_rows)
 
 
 def _milliseconds(linear: Linear, x: Tensor) -> float:

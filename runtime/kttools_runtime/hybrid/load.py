@@ -15,8 +15,10 @@ from kttools_runtime.moe import MoELayer
 from kttools_runtime.shards import ShardWeights
 
 from .choose import has_plain_experts, hot_experts
+from .feed import ExpertFeed
 from .handoff import Courier
 from .hot import HotExperts
+from .hot_codes import hot_codes, is_requantised
 from .linears import linear_maker
 from .mixture import Mixture
 from .model import HybridModel
@@ -81,7 +83,10 @@ def _footprints(
     manifest: Manifest, shards: ShardWeights, dtype: torch.dtype, cache_len: int, options: HybridOptions
 ) -> tuple[DeviceFootprint, ...]:
     tensors = stored_tensors(shards.infos, manifest.linears)
-    return device_footprints(manifest.model, tensors, cache_len, len(options.devices.names), dtype)
+    config, count = manifest.model, len(options.devices.names)
+    packs = sum(manifest.files[file].bytes for file in {expert.file for expert in manifest.experts.values()})
+    streamed = packs // max(1, len(config.moe_layers) * config.n_routed_experts)
+    return device_footprints(config, tensors, cache_len, count, dtype, expert_bytes=streamed)
 
 
 def _mixtures(
@@ -95,12 +100,14 @@ def _mixtures(
 ) -> dict[int, Mixture]:
     config = manifest.model
     packs = {index: PackFile(manifest.expert_path(index)) for index in config.moe_layers}
-    chosen = hot_experts(options, config, packs, footprints)
+    chosen = hot_experts(options, config, packs, footprints, dtype)
     policy = options.prefill
     if not has_plain_experts(config):
         if policy == "gpu":
             raise UnsupportedModelError("prefill gpu: this model's experts have biases or another gate")
         policy = "cpu"
+    feeds = [ExpertFeed(device) for device in options.devices.torch_devices]
+    placed = [d for d, own in enumerate(footprints) for _ in range(*own.layers)]
     mixtures = {}
     for index, pack in packs.items():
         layer = layers[index].mlp
@@ -109,9 +116,13 @@ def _mixtures(
         device = layer.router.weight.device
         hot = None
         if chosen.get(index):
-            hot = HotExperts(pack, chosen[index], device, dtype, device.type == "cuda" and _has_triton())
+            ids = chosen[index]
+            codes = hot_codes(pack, ids, device, is_requantised(dtype), engine.threads)
+            held = dict(zip(ids, codes, strict=True))
+            is_triton = device.type == "cuda" and _has_triton()
+            hot = HotExperts(held, config.n_routed_experts, device, dtype, is_triton)
         defer = 0 if index == config.num_hidden_layers - 1 else options.defer_experts
-        prefill = Prefill(policy, pack, dtype, engine.threads, engine.isa)
+        prefill = Prefill(policy, pack, dtype, engine.threads, engine.isa, feeds[placed[index]])
         mixtures[index] = Mixture(layer, courier, hot, defer, prefill)
     return mixtures
 

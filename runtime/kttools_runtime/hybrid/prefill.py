@@ -22,7 +22,8 @@ from kttools_runtime import env, strict_json
 from kttools_runtime.errors import CorruptFileError, UsageError
 from kttools_runtime.moe import RoutedExperts
 
-from .hot import add_experts, gated
+from .feed import ExpertFeed
+from .hot import ExpertSum, gated
 from .untile import PackFile
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ POLICIES = ("auto", "cpu", "gpu")
 # Chunks below this stay on the CPU with auto: streaming an expert for a few rows never pays.
 LEAST_TOKENS = 32
 FEW_ROWS, MANY_ROWS = 8, 256
+FED_EXPERTS = 4  # of a measurement on the device: the first copy alone is not hidden
 FIELDS = ("cpu_expert_s", "cpu_row_s", "device_expert_s", "device_row_s")
 
 
@@ -65,15 +67,21 @@ class PrefillPlan:
 
 
 class Prefill:
-    """The policy of one layer. pack: its experts' file. threads, isa: of the engine, for the calibration."""
+    """The policy of one layer. pack: its experts' file. threads, isa: of the engine, for the calibration.
 
-    def __init__(self, policy: str, pack: PackFile, dtype: torch.dtype, threads: int, isa: str) -> None:
+    feed: of the layer's device.
+    """
+
+    def __init__(
+        self, policy: str, pack: PackFile, dtype: torch.dtype, threads: int, isa: str, feed: ExpertFeed
+    ) -> None:
         if policy not in POLICIES:
             raise UsageError(f"prefill must be one of {', '.join(POLICIES)}, got {policy!r}")
         self.policy = policy
         self.pack = pack
         self.dtype = dtype
         self.engine = (threads, isa)
+        self.feed = feed
 
     def plan(self, experts: RoutedExperts, ids: Tensor) -> PrefillPlan:
         """ids int64 [T, k] on the device, -1: none."""
@@ -91,12 +99,10 @@ class Prefill:
         return PrefillPlan(ids.masked_fill(is_taken[ids], -1), tuple(chosen.tolist()))
 
     def on_device(self, experts: RoutedExperts, x: Tensor, choice: "Choice", plan: PrefillPlan) -> Tensor:
-        """What the streamed experts add; one of them is on the device at a time."""
-        out = torch.zeros(x.shape[0], x.shape[1], device=x.device)
-        for expert in plan.device_experts:
-            codes = self.pack.codes(expert, x.device)
-            out += add_experts(x, choice.ids, choice.weights, [(expert, codes)], self.dtype)
-        return out
+        """What the streamed experts add; two of them are on the device at a time."""
+        total = ExpertSum(x, choice.ids, choice.weights, self.pack.header.num_experts, self.dtype)
+        self.feed.run(self.pack, plan.device_experts, total.add)
+        return total.out
 
     def _calibration(self, experts: RoutedExperts, device: torch.device) -> Calibration:
         header = self.pack.header
@@ -107,13 +113,13 @@ class Prefill:
         path = env.cache_dir() / f"prefill-{digest}.json"
         known = read_calibration(path)
         if known is None:
-            known = measure(experts, self.pack, device, self.dtype)
+            known = measure(experts, self.pack, self.feed, self.dtype)
             write_calibration(path, known)
         return known
 
 
-def measure(experts: RoutedExperts, pack: PackFile, device: torch.device, dtype: torch.dtype) -> Calibration:
-    """Both sides with few and with many rows of one expert, the better of two runs each."""
+def measure(experts: RoutedExperts, pack: PackFile, feed: ExpertFeed, dtype: torch.dtype) -> Calibration:
+    """Both sides with few and with many rows of an expert, the better of two runs each."""
     hidden = pack.header.hidden_size
 
     def line(run: Any) -> tuple[float, float]:
@@ -129,12 +135,11 @@ def measure(experts: RoutedExperts, pack: PackFile, device: torch.device, dtype:
         return time.perf_counter() - start
 
     def on_device(rows: int) -> float:
-        x = torch.ones(rows, hidden, device=device)
+        x = torch.ones(rows, hidden, device=feed.device)
+        fed = range(min(FED_EXPERTS, pack.header.num_experts))
         start = time.perf_counter()
-        gated(x, pack.codes(0, device), dtype)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        feed.run(pack, fed, lambda _, codes: gated(x, codes, dtype))
+        return (time.perf_counter() - start) / len(fed)
 
     return Calibration(*line(on_cpu), *line(on_device))
 

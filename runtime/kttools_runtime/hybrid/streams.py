@@ -50,6 +50,15 @@ class DeviceStream(Stream, Protocol):
     def follow_default(self) -> None:
         """What is issued from now on runs after what torch's own stream of the device was given."""
 
+    def record(self) -> Any:
+        """An event behind all that was issued so far."""
+
+    def wait(self, event: Any) -> None:
+        """What is issued from now on runs after an event of any stream of this kind."""
+
+    def hold(self, event: Any) -> None:
+        """The host waits for an event."""
+
     def synchronize(self) -> None:
         """Wait until all is done. Raises what a computation raised."""
 
@@ -57,9 +66,10 @@ class DeviceStream(Stream, Protocol):
 class CudaStream:
     """A stream of a CUDA device. Not measured on a GPU yet."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
+        """stream: torch's own, or None for a new one."""
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = stream or torch.cuda.Stream(device)
 
     def compute(self, work: Work) -> None:
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
@@ -88,6 +98,15 @@ class CudaStream:
 
     def follow_default(self) -> None:
         self.stream.wait_stream(torch.cuda.default_stream(self.device))
+
+    def record(self) -> torch.cuda.Event:
+        return self.stream.record_event()
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        self.stream.wait_event(event)
+
+    def hold(self, event: torch.cuda.Event) -> None:
+        event.synchronize()
 
     def synchronize(self) -> None:
         self.stream.synchronize()
@@ -127,6 +146,18 @@ class SimulatedStream:
     def follow_default(self) -> None:
         pass  # torch on the CPU is done when it returns
 
+    def record(self) -> _kernels.SimEvent:
+        event = _kernels.SimEvent()
+        self.native.record(event)
+        return event
+
+    def wait(self, event: _kernels.SimEvent) -> None:
+        self.native.wait(event)
+
+    def hold(self, event: _kernels.SimEvent) -> None:
+        if not event.hold(SLACK_S):
+            raise EngineError(f"a simulated device did not finish within {SLACK_S:.0f} s")
+
     def synchronize(self) -> None:
         if not self.native.synchronize(SLACK_S):
             raise EngineError(f"a simulated device did not finish within {SLACK_S:.0f} s")
@@ -158,3 +189,10 @@ def _in_inference_mode(work: Work) -> None:
 def make_stream(device: torch.device) -> CudaStream | SimulatedStream:
     """The stream of a device's steps."""
     return CudaStream(device) if device.type == "cuda" else SimulatedStream()
+
+
+def main_stream(device: torch.device) -> CudaStream | SimulatedStream:
+    """What torch issues on by itself, as one of our streams; a simulated device's is a new one."""
+    return (
+        CudaStream(device, torch.cuda.current_stream(device)) if device.type == "cuda" else SimulatedStream()
+    )

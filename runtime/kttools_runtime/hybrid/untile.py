@@ -13,6 +13,7 @@ from kttools_runtime.weights import LinearWeights
 
 COLUMNS, TILES = 16, 2  # columns of a tile, tiles of a strip
 INT4_GROUPS = {"int4_g32": 32, "int4_g64": 64, "int4_g128": 128}
+ORDERED = ("bf16", "int8", *INT4_GROUPS)  # formats whose bytes the device puts in order itself
 SCALES_BYTES = 4 * TILES * COLUMNS
 
 
@@ -39,15 +40,28 @@ class PackFile:
     def blob_bytes(self, expert: int) -> int:
         return self.header.experts[expert].bytes
 
-    def codes(self, expert: int, device: torch.device, keep_cached: bool = True) -> ExpertCodes:
-        """keep_cached: False drops the bytes from the page cache again, for experts that no CPU will read."""
+    def name_of(self, expert: int) -> str:
+        """The expert's format."""
+        return self._names[self.header.experts[expert].format]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Formats that occur."""
+        return frozenset(self.header.formats)
+
+    def read(self, expert: int, target: Tensor, keep_cached: bool = True) -> None:
+        """The expert's bytes into the first blob_bytes of a host tensor. Raises OSError where they end early.
+
+        keep_cached: False drops the bytes from the page cache again, for experts that no CPU will read.
+        """
         entry = self.header.experts[expert]
-        staging = torch.empty(entry.bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            view, position = staging.numpy().data, 0
+            if not keep_cached:  # or the kernel reads the neighbours too
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            view, position = target.numpy().data, 0
             while position < entry.bytes:
-                count = os.preadv(descriptor, [view[position:]], entry.offset + position)
+                count = os.preadv(descriptor, [view[position : entry.bytes]], entry.offset + position)
                 if count == 0:
                     raise OSError(f"{self.path}: expert {expert} is cut short")
                 position += count
@@ -55,13 +69,51 @@ class PackFile:
                 os.posix_fadvise(descriptor, entry.offset, entry.bytes, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-        name = self._names[entry.format]
-        return expert_codes(staging, name, self.header.hidden_size, self.header.moe_intermediate_size, device)
+
+    def payload_bytes(self, expert: int) -> int:
+        """What travels to a device: the blob, or bf16 matrices of a format that it cannot put in order."""
+        hidden, inner = self.shape
+        return self.blob_bytes(expert) if self.name_of(expert) in ORDERED else 6 * hidden * inner
+
+    def fill(self, expert: int, target: Tensor) -> None:
+        """The payload into a uint8 host tensor of its size."""
+        if self.name_of(expert) in ORDERED:
+            return self.read(expert, target)
+        gate_up, down = self.matrices(expert)
+        flat = target.view(torch.bfloat16)
+        flat[: gate_up.numel()].copy_(gate_up.flatten())
+        flat[gate_up.numel() :].copy_(down.flatten())
+
+    def arranged(self, expert: int, payload: Tensor) -> ExpertCodes:
+        """The codes of a payload that lies on a device; they may be views of it."""
+        name, (hidden, inner) = self.name_of(expert), self.shape
+        if name in ORDERED:
+            return expert_codes(payload, name, hidden, inner, payload.device)
+        gate_up, down = payload.view(torch.bfloat16).split([2 * hidden * inner, hidden * inner])
+        shaped = gate_up.view(2 * inner, hidden), down.view(hidden, inner)
+        return ExpertCodes(*(LinearWeights("expert", w.shape[1], "float", {"weight": w}) for w in shaped))
+
+    def matrices(self, expert: int, keep_cached: bool = True) -> tuple[Tensor, Tensor]:
+        """Gate and up stacked, [2 I, H], and down, [H, I], in float32 on the host."""
+        blob = torch.empty(self.blob_bytes(expert), dtype=torch.uint8)
+        self.read(expert, blob, keep_cached)
+        return unpacked(blob, self.name_of(expert), *self.shape)
+
+    def codes(self, expert: int, device: torch.device, keep_cached: bool = True) -> ExpertCodes:
+        """In the codes of the pack. keep_cached: see read()."""
+        staging = torch.empty(self.blob_bytes(expert), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.read(expert, staging, keep_cached)
+        return expert_codes(staging, self.name_of(expert), *self.shape, device)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(hidden_size, moe_intermediate_size)."""
+        return self.header.hidden_size, self.header.moe_intermediate_size
 
 
 def expert_codes(blob: Tensor, name: str, hidden: int, inner: int, device: torch.device) -> ExpertCodes:
     """blob uint8 on the host -> codes on the device. A format without a rule here comes dequantised."""
-    if name not in ("bf16", "int8", *INT4_GROUPS):
+    if name not in ORDERED:
         return _dequantised(blob, name, hidden, inner, device)
     blob = blob.to(device, non_blocking=True)
     gate_up_strips, down_strips = -(-inner // COLUMNS), -(-hidden // (TILES * COLUMNS))
@@ -130,13 +182,19 @@ def _weights(form: str, parts: dict[str, Tensor], k: int, name: str) -> LinearWe
     return LinearWeights("expert", k, form, cut)
 
 
-def _dequantised(blob: Tensor, name: str, hidden: int, inner: int, device: torch.device) -> ExpertCodes:
+def unpacked(blob: Tensor, name: str, hidden: int, inner: int) -> tuple[Tensor, Tensor]:
+    """blob uint8 on the host -> gate and up stacked, [2 I, H], and down, [H, I], float32."""
     gate, up, down = (torch.from_numpy(m) for m in _kernels.unpack_expert(name, blob.numpy(), hidden, inner))
-    matrices = (torch.cat((gate, up)), hidden), (down, inner)
+    return torch.cat((gate, up)), down
+
+
+def _dequantised(blob: Tensor, name: str, hidden: int, inner: int, device: torch.device) -> ExpertCodes:
     return ExpertCodes(
         *(
-            LinearWeights("expert", k, "float", {"weight": w.to(device=device, dtype=torch.bfloat16)})
-            for w, k in matrices
+            LinearWeights(
+                "expert", w.shape[1], "float", {"weight": w.to(device=device, dtype=torch.bfloat16)}
+            )
+            for w in unpacked(blob, name, hidden, inner)
         )
     )
 
