@@ -11,6 +11,7 @@
 #include "cpu_features.h"
 #include "dequantize_bindings.h"
 #include "dispatch.h"
+#include "error_bindings.h"
 #include "hybrid_bindings.h"
 #include "linear.h"
 #include "moe.h"
@@ -383,6 +384,7 @@ PYBIND11_MODULE(_kernels, m) {
       .def_property_readonly("nbytes", &PackedLinear::nbytes)
       .def("forward", &linear_forward, py::arg("x"), py::arg("out"));
   bind_dequantize(m);
+  bind_errors(m);
   bind_steps(m);
   bind_hybrid(m);
 }

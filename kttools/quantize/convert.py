@@ -14,7 +14,7 @@ from kttools_runtime.pack_writer import PackWriter
 
 from .blocks import pack_blocks, read_blocks
 from .plan import ROWS_BYTES, PackPlan
-from .report import BLOCK_ELEMENTS, ErrorSums, TensorError, as_float32, error_sums
+from .report import BLOCK_ELEMENTS, ErrorSums, TensorError, as_float32, error_sums, expert_errors
 from .shard_layout import ShardTensor
 from .shard_writer import ShardWriter
 
@@ -38,13 +38,10 @@ def convert_expert(source: SourceModel, pack: PackPlan, expert: int, writer: Pac
     except ValueError as error:
         _raise_for_weights(source, zip(names, arrays, strict=True), error)
     writer.write(expert, blob)
-    config = source.config
-    stored = _kernels.unpack_expert(format_name, blob, config.hidden_size, config.moe_intermediate_size)
-    del blob
     errors = []
-    for name, array, values in zip(names, arrays, stored, strict=True):
-        sums = checked_sums(error_sums(array, values), source, name, format_name)
-        errors.append(TensorError.of(name, Role.EXPERT.value, format_name, array.shape, sums))
+    for name, array, sums in zip(names, arrays, expert_errors(format_name, arrays, blob), strict=True):
+        checked = checked_sums(sums, source, name, format_name)
+        errors.append(TensorError.of(name, Role.EXPERT.value, format_name, array.shape, checked))
     return errors
 
 
