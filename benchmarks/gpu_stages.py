@@ -1,4 +1,4 @@
-"""The stages of gpu_suite.py that are measured in a process of their own: each returns its part of the JSON."""
+"""Stages of gpu_suite.py that are measured in a process of their own: each returns its part of the JSON."""
 
 import importlib.metadata
 import statistics
@@ -128,7 +128,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def prefill(device: str, bundles: list[Path]) -> dict[str, Any]:
-    """Tokens a second by policy and length; of the second of two prompts: nothing is made for the first time."""
+    """Tokens a second by policy and length; of the second of two prompts, when all buffers are there."""
     found: dict[str, Any] = {}
     for policy in ("cpu", "gpu", "auto"):
         model: Any = kt.load(bundles[0], device=device, prefill=policy)

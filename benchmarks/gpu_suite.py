@@ -3,9 +3,9 @@
     python benchmarks/gpu_suite.py -o RESULT [--device cuda:0] [--slice BUNDLE] [--work DIR] [--minutes 9.5]
 
 Writes RESULT.json and RESULT.md with the device's name. Without --slice a slice of DeepSeek-V3's dimensions
-is made in --work and quantised first; --slice none leaves it out. Each stage is a process of its own: one that
-fails or takes too long is reported as that, and the others run. --device cpu:0 runs the same on a simulated
-device, whose times mean nothing.
+is made in --work and quantised first; --slice none leaves it out. Each stage is a process of its own: one
+that fails or takes too long is reported as that, and the others run. --device cpu:0 runs the same on a
+simulated device, whose times mean nothing.
 """
 
 import argparse
