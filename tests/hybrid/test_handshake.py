@@ -104,8 +104,8 @@ def test_random_interleavings(layers: list[RoutedExperts]) -> None:
 
 
 def test_random_faults_between_sound_steps(layers: list[RoutedExperts]) -> None:
-    """A planted error in any of six calls in flight on two streams: raised at the step's end, whichever it was;
-    what the step's other calls left behind does not reach the next, whose buffers are the same."""
+    """A planted error in any of six calls in flight on two streams: raised at the step's end, whichever it
+    was; what the step's other calls left behind does not reach the next, whose buffers are the same."""
     courier = Courier(60.0)
     dice = random.Random(7)
     slots = [Slot(courier, layers[index % len(layers)]) for index in range(6)]
