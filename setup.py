@@ -21,6 +21,7 @@ ISA_FLAGS = {
     "kernels_avx512": AVX512,
     "kernels_amx": AMX,
     "latent_amx": AMX,
+    "gqa_amx": AMX,
     "blocks_avx2": AVX2,
     "blocks_avx512": AVX512,
 }

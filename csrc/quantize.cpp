@@ -43,9 +43,15 @@ void check_finite(const float* row, int cols, int r) {
 constexpr int kExactCols = 32;  // a block of MXFP4
 
 float largest_magnitude(const float* row, int n) {
-  float largest = 0.0f;
-  for (int i = 0; i < n; ++i) largest = std::fmax(largest, std::fabs(row[i]));
-  return largest;
+  int32_t largest = 0;  // bits of positive numbers are in the numbers' order
+  for (int i = 0; i < n; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, row + i, sizeof bits);
+    largest = std::max(largest, bits & 0x7FFFFFFF);
+  }
+  float value;
+  std::memcpy(&value, &largest, sizeof value);
+  return value;
 }
 
 // The scale in which a row of MXFP4 is a row of int8, exactly; 0 for other rows. Such numbers are 2^e or 1.5 * 2^e, so they
@@ -424,6 +430,20 @@ void unpack_blocks(ExpertFormat format, const uint8_t* blob, int hidden_size, in
 
 }  // namespace
 
+void unpack_row(const ExpertShape& shape, const uint8_t* blob, ExpertMatrix matrix, int row, float* out) {
+  if (matrix == ExpertMatrix::kDown) {
+    const auto strip = static_cast<size_t>(row / kStripCols);
+    const float* scales = reinterpret_cast<const float*>(blob + shape.down_scales_offset()) + strip * kStripCols;
+    unpack_strip_row(shape.down, blob + shape.down_offset() + strip * shape.down.strip_bytes(), scales,
+                     row % kStripCols, out);
+    return;
+  }
+  const auto strip = static_cast<size_t>(row / 16);  // 16 rows of gate, then 16 of up
+  const float* scales = reinterpret_cast<const float*>(blob + shape.gate_up_scales_offset()) + strip * kStripCols;
+  const int col = (matrix == ExpertMatrix::kUp ? 16 : 0) + row % 16;
+  unpack_strip_row(shape.gate_up, blob + strip * shape.gate_up.strip_bytes(), scales, col, out);
+}
+
 void unpack_expert(ExpertFormat format, const uint8_t* blob, int hidden_size, int moe_intermediate_size, float* gate,
                    float* up, float* down) {
   if (format_info(format.gate_up).is_block()) {
@@ -431,19 +451,13 @@ void unpack_expert(ExpertFormat format, const uint8_t* blob, int hidden_size, in
     return;
   }
   const ExpertShape shape(format, hidden_size, moe_intermediate_size);
-  const float* gate_up_scales = reinterpret_cast<const float*>(blob + shape.gate_up_scales_offset());
-  const float* down_scales = reinterpret_cast<const float*>(blob + shape.down_scales_offset());
   for (int r = 0; r < moe_intermediate_size; ++r) {
-    const uint8_t* strip = blob + (r / 16) * shape.gate_up.strip_bytes();
-    const float* scales = gate_up_scales + (r / 16) * kStripCols;
-    unpack_strip_row(shape.gate_up, strip, scales, r % 16, gate + static_cast<size_t>(r) * hidden_size);
-    unpack_strip_row(shape.gate_up, strip, scales, 16 + r % 16, up + static_cast<size_t>(r) * hidden_size);
+    const size_t at = static_cast<size_t>(r) * static_cast<size_t>(hidden_size);
+    unpack_row(shape, blob, ExpertMatrix::kGate, r, gate + at);
+    unpack_row(shape, blob, ExpertMatrix::kUp, r, up + at);
   }
   for (int r = 0; r < hidden_size; ++r) {
-    const size_t strip = static_cast<size_t>(r / kStripCols);
-    unpack_strip_row(shape.down, blob + shape.down_offset() + strip * shape.down.strip_bytes(),
-                     down_scales + strip * kStripCols, r % kStripCols,
-                     down + static_cast<size_t>(r) * moe_intermediate_size);
+    unpack_row(shape, blob, ExpertMatrix::kDown, r, down + static_cast<size_t>(r) * moe_intermediate_size);
   }
 }
 

@@ -41,6 +41,11 @@ void place_row(const FormatInfo& info, const CodeView& codes, int row, uint8_t* 
 // gate, up [I, H], down [H, I] -> blob (ExpertShape::blob_bytes() bytes, fully overwritten).
 void pack_expert(Format format, const MatrixView& gate, const MatrixView& up, const MatrixView& down, uint8_t* blob);
 
+enum class ExpertMatrix { kGate, kUp, kDown };
+
+// One row of a matrix of the blob, as float. Not of block formats.
+void unpack_row(const ExpertShape& shape, const uint8_t* blob, ExpertMatrix matrix, int row, float* out);
+
 // The weights a blob stands for, as float. gate, up [I, H], down [H, I].
 void unpack_expert(ExpertFormat format, const uint8_t* blob, int hidden_size, int moe_intermediate_size, float* gate,
                    float* up, float* down);

@@ -229,8 +229,8 @@ KT_INLINE void score_keys(const float* queries, size_t width, const uint16_t* ro
   }
 }
 
-// scores become probabilities of the softmax of scale * scores.
-KT_INLINE void softmax(float* scores, int n, float scale) {
+// scores become e^(scale (score - largest)).
+KT_INLINE void powers(float* scores, int n, float scale, PartialSoftmax& sums) {
   float largest = scores[0];
   for (int i = 1; i < n; ++i) largest = scores[i] > largest ? scores[i] : largest;
   Lanes total = {};
@@ -248,7 +248,14 @@ KT_INLINE void softmax(float* scores, int n, float scale) {
     total += v;
     store_tail(v, scores + i, i + kLanes <= count ? kLanes : count - i);
   }
-  const float inverse = 1.0f / sum(total);
+  sums = {largest * scale, sum(total)};
+}
+
+// scores become probabilities of the softmax of scale * scores.
+KT_INLINE void softmax(float* scores, int n, float scale) {
+  PartialSoftmax sums;
+  powers(scores, n, scale, sums);
+  const float inverse = 1.0f / sums.total;
   for (int i = 0; i < n; ++i) scores[i] *= inverse;
 }
 
@@ -258,6 +265,15 @@ KT_INLINE void attend(const float* queries, size_t width, const uint16_t* rows, 
   score_keys<kQueries>(queries, width, rows, stride, keys, scores);
   for (int q = 0; q < kQueries; ++q) softmax(scores + static_cast<size_t>(q) * keys, keys, scale);
   add_all_rows<kQueries>(scores, static_cast<size_t>(keys), rows, stride, keys, value_width, out, value_width);
+}
+
+template <int kQueries>
+KT_INLINE void attend_part(const float* queries, size_t width, const KeyRows& rows, float scale, float* scores,
+                           float* out, PartialSoftmax* sums) {
+  const auto count = static_cast<size_t>(rows.count);
+  score_keys<kQueries>(queries, width, rows.keys, rows.stride, rows.count, scores);
+  for (size_t q = 0; q < kQueries; ++q) powers(scores + q * count, rows.count, scale, sums[q]);
+  add_all_rows<kQueries>(scores, count, rows.values, rows.stride, rows.count, width, out, width);
 }
 
 }  // namespace
@@ -359,6 +375,20 @@ KT_CLONES void attend_shared_bf16(const float* queries, int count, size_t width,
       return attend<2>(queries, width, rows, key_stride, keys, value_width, scale, scores, out);
     default:
       return attend<1>(queries, width, rows, key_stride, keys, value_width, scale, scores, out);
+  }
+}
+
+KT_CLONES void attend_part_bf16(const float* queries, int count, size_t width, const KeyRows& rows, float scale,
+                                float* scores, float* out, PartialSoftmax* sums) {
+  switch (count) {
+    case 4:
+      return attend_part<4>(queries, width, rows, scale, scores, out, sums);
+    case 3:
+      return attend_part<3>(queries, width, rows, scale, scores, out, sums);
+    case 2:
+      return attend_part<2>(queries, width, rows, scale, scores, out, sums);
+    default:
+      return attend_part<1>(queries, width, rows, scale, scores, out, sums);
   }
 }
 

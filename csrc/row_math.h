@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "gqa_part.h"
 #include "kernels.h"
 
 namespace kt {
@@ -52,5 +53,10 @@ constexpr int kAttendQueries = 4;  // per call: each key is loaded once for all 
 // value_width numbers of a key are its value. scores: scratch [count][keys]. out [count][value_width].
 void attend_shared_bf16(const float* queries, int count, size_t width, const uint16_t* rows, size_t key_stride,
                         int keys, size_t value_width, float scale, float* scores, float* out);
+
+// Attention of up to kAttendQueries queries [count][width] on part of their context, before the division: out [count][width]
+// is the sum of e^(logit - largest) value, logits are scale query . key. scores: scratch [count][rows.count].
+void attend_part_bf16(const float* queries, int count, size_t width, const KeyRows& rows, float scale, float* scores,
+                      float* out, PartialSoftmax* sums);
 
 }  // namespace kt

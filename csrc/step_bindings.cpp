@@ -1,56 +1,13 @@
 #include "step_bindings.h"
 
-#include <pybind11/stl.h>
-
-#include <memory>
-#include <optional>
-
+#include "gqa_bindings.h"
 #include "latent_step.h"
 #include "router.h"
 #include "step.h"
+#include "step_arguments.h"
 
 namespace kt {
 namespace {
-
-using NormArgs = std::pair<py::array, float>;  // sqrt(n) weight, n eps
-using Linears = std::vector<py::object>;       // one or two PackedLinears
-
-// Something that points into Python objects, and these objects.
-template <typename T>
-struct Over {
-  std::vector<py::object> kept;
-  T value;
-};
-
-template <typename T>
-std::unique_ptr<Over<T>> keep(std::vector<py::object> kept, T value) {
-  return std::unique_ptr<Over<T>>(new Over<T>{std::move(kept), std::move(value)});
-}
-
-Norm norm_of(const NormArgs& args) {
-  const py::array& weight = args.first;
-  if (weight.ndim() != 1) fail("a norm's weight must have 1 dimension, got " + shape_text(weight));
-  const int size = checked_int(weight.shape(0), "norm");
-  return Norm(read<float>(weight, "norm", {size}), size, args.second);
-}
-
-PackedLinear* linear_of(const py::object& linear) { return linear.cast<PackedLinear*>(); }
-
-LinearPair pair_of(const Linears& linears) {
-  if (linears.empty() || linears.size() > 2) fail("expected one or two matrices");
-  return LinearPair(linear_of(linears[0]), linears.size() == 2 ? linear_of(linears[1]) : nullptr);
-}
-
-std::vector<float> floats_of(const std::optional<py::array>& values, const char* name) {
-  if (!values) return {};
-  const float* data = read<float>(*values, name, {values->size()});
-  return std::vector<float>(data, data + values->size());
-}
-
-int step_rows(const py::array& hidden) {
-  if (hidden.ndim() != 2) fail("hidden must have 2 dimensions, got " + shape_text(hidden));
-  return checked_int(hidden.shape(0), "tokens");
-}
 
 RouterKind router_kind(const std::string& name) {
   if (name == "sigmoid_bias_groups") return RouterKind::kSigmoidBiasGroups;
@@ -84,11 +41,6 @@ void route(Over<Router>& self, const py::array& x, py::array ids, py::array weig
   float* weight = write<float>(weights, "weights", {rows, shape.k});
   py::gil_scoped_release release;
   self.value.forward(data, rows, id, weight);
-}
-
-std::vector<py::object> together(Linears kept, std::initializer_list<py::object> more) {
-  kept.insert(kept.end(), more);
-  return kept;
 }
 
 std::unique_ptr<Over<DenseStep>> make_dense(std::shared_ptr<Engine> engine, const NormArgs& norm,
@@ -166,15 +118,6 @@ std::unique_ptr<Over<LatentStep>> make_latent(std::shared_ptr<Engine> engine, in
   return keep(together(inputs, {q_b, out, up_key, up_value}), std::move(step));
 }
 
-// The cache's rows from 0 on, of which [start, start + rows) must be there.
-void check_context(const py::array& cache, py::ssize_t start, int rows) {
-  if (start < 0 || start + rows > cache.shape(0)) {
-    fail("tokens " + std::to_string(start) + " to " + std::to_string(start + rows) + " do not fit a cache of " +
-         std::to_string(cache.shape(0)));
-  }
-  if (cache.shape(0) > (1 << 24)) fail("cache has too many rows: " + std::to_string(cache.shape(0)));
-}
-
 void forward_latent(Over<LatentStep>& self, py::array hidden, const py::array& rotations, py::array cache,
                     py::ssize_t start) {
   const LatentShape& shape = self.value.shape();
@@ -193,6 +136,7 @@ void forward_latent(Over<LatentStep>& self, py::array hidden, const py::array& r
 
 void bind_steps(py::module_& m) {
   m.attr("MAX_STEP_ROWS") = kMaxStepRows;
+  bind_gqa(m);
   py::class_<Over<Router>>(m, "Router")
       .def(py::init(&make_router), py::arg("engine"), py::arg("kind"), py::arg("groups"), py::arg("top_groups"),
            py::arg("k"), py::arg("normalise"), py::arg("scale"), py::arg("weight"), py::arg("bias") = py::none(),

@@ -158,6 +158,7 @@ RULES = [
             "csrc/bindings.cpp",
             "csrc/dequantize_bindings.cpp",
             "csrc/hybrid_bindings.cpp",
+            "csrc/step_arguments.h",
             "csrc/step_bindings.cpp",
         ),
     ),

@@ -8,13 +8,14 @@ import torch
 
 from kttools.families import Role, SourceModel
 from kttools_runtime import _kernels
+from kttools_runtime.block_formats import BLOCK_FORMATS
 from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.experts import as_numpy
 from kttools_runtime.pack_writer import PackWriter
 
-from .blocks import pack_blocks, read_blocks
+from .blocks import linear_rows, pack_blocks, read_blocks
 from .plan import ROWS_BYTES, PackPlan
-from .report import BLOCK_ELEMENTS, ErrorSums, TensorError, as_float32, error_sums
+from .report import BLOCK_ELEMENTS, ErrorSums, TensorError, as_float32, error_sums, expert_errors
 from .shard_layout import ShardTensor
 from .shard_writer import ShardWriter
 
@@ -38,13 +39,10 @@ def convert_expert(source: SourceModel, pack: PackPlan, expert: int, writer: Pac
     except ValueError as error:
         _raise_for_weights(source, zip(names, arrays, strict=True), error)
     writer.write(expert, blob)
-    config = source.config
-    stored = _kernels.unpack_expert(format_name, blob, config.hidden_size, config.moe_intermediate_size)
-    del blob
     errors = []
-    for name, array, values in zip(names, arrays, stored, strict=True):
-        sums = checked_sums(error_sums(array, values), source, name, format_name)
-        errors.append(TensorError.of(name, Role.EXPERT.value, format_name, array.shape, sums))
+    for name, array, sums in zip(names, arrays, expert_errors(format_name, arrays, blob), strict=True):
+        checked = checked_sums(sums, source, name, format_name)
+        errors.append(TensorError.of(name, Role.EXPERT.value, format_name, array.shape, checked))
     return errors
 
 
@@ -93,6 +91,10 @@ def split_rows(tensor: ShardTensor) -> list[Rows]:
 def convert_rows(source: SourceModel, rows: Rows, group_size: int, writer: ShardWriter) -> ErrorSums:
     """Reads, quantises and writes some rows. Raises InvalidInputError as convert_expert does."""
     tensor = rows.tensor
+    if tensor.format in BLOCK_FORMATS:
+        blocks = linear_rows(tensor.source, rows.begin, rows.end)
+        writer.write(tensor.parts[0], rows.begin, blocks)
+        return ErrorSums()
     array = kernel_array(tensor.source.read_rows(rows.begin, rows.end), keep_f16=tensor.format is None)
     name = tensor.source.name
     try:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from kttools_runtime import strict_json
+from kttools_runtime import _kernels, strict_json
 
 REPORT_NAME = "quantization-report.json"
 FORMAT = "kttools-quantization-report"
 VERSION = 1
-# Six digits: the last bits of a float64 sum depend on the order NumPy's vector width adds in, and the
-# report must be the same bytes on every machine.
+# Six digits: more say nothing, and the last bits of a float64 sum depend on the order of its blocks, while
+# the report must be the same bytes on every machine.
 DIGITS = 6
 BLOCK_ELEMENTS = 1 << 18
 WORST = 8
@@ -59,12 +59,21 @@ class ErrorSums:
 
 def error_sums(source: np.ndarray, stored: np.ndarray) -> ErrorSums:
     """source: float32, float16 or bf16 as uint16; stored: float32 or bf16 as uint16. Same shape."""
+    if source.shape != stored.shape:
+        raise ValueError(f"source has shape {source.shape}, stored {stored.shape}")
     total = ErrorSums()
     flat_source, flat_stored = source.reshape(-1), stored.reshape(-1)
     for begin in range(0, flat_source.size, BLOCK_ELEMENTS):
         block = slice(begin, begin + BLOCK_ELEMENTS)
-        total += _block_sums(as_float32(flat_source[block]), as_float32(flat_stored[block]))
+        sums = _kernels.error_sums(as_float32(flat_source[block]), as_float32(flat_stored[block]))
+        total += ErrorSums(*sums)
     return total
+
+
+def expert_errors(format_name: str, arrays: Sequence[np.ndarray], blob: np.ndarray) -> list[ErrorSums]:
+    """Of gate, up and down, each float32 or bf16 as uint16, against the blob that holds them."""
+    gate, up, down = arrays
+    return [ErrorSums(*sums) for sums in _kernels.expert_errors(format_name, gate, up, down, blob)]
 
 
 def as_float32(values: np.ndarray) -> np.ndarray:
@@ -72,19 +81,6 @@ def as_float32(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32, copy=False)
-
-
-def _block_sums(source: np.ndarray, stored: np.ndarray) -> ErrorSums:
-    with np.errstate(invalid="ignore", over="ignore"):
-        difference = source - stored
-        largest = float(np.abs(difference).max())
-        return ErrorSums(_square_sum(source), _square_sum(stored), _square_sum(difference), largest)
-
-
-def _square_sum(values: np.ndarray) -> float:
-    """Squares in float64: a float32 near its limit would overflow, one near zero vanish."""
-    wide = values.astype(np.float64)
-    return float(np.square(wide, out=wide).sum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,14 @@ def expert_bytes(format: str, hidden_size: int, moe_intermediate_size: int) -> i
 def pack_expert(format: str, gate: _Float, up: _Float, down: _Float, out: _U8) -> None:
     """gate, up [I, H], down [H, I] into out [expert_bytes]. NaN and inf are refused, naming the place."""
 
+def error_sums(source: _F32, stored: _F32) -> tuple[float, float, float, float]:
+    """Of vectors: squares of source, stored and difference in float64, and the largest difference."""
+
+def expert_errors(
+    format: str, gate: _Float, up: _Float, down: _Float, blob: _U8
+) -> tuple[tuple[float, float, float, float], ...]:
+    """error_sums() of gate, up and down against what pack_expert() made of them; no block format."""
+
 def unpack_expert(
     format: str, blob: _U8, hidden_size: int, moe_intermediate_size: int
 ) -> tuple[_F32, _F32, _F32]:
@@ -161,6 +169,10 @@ class PackedLinear:
     ) -> PackedLinear:
         """As quantize_int4 returns them."""
 
+    @staticmethod
+    def from_blocks(engine: Engine, format: str, blocks: _U8, in_features: int) -> PackedLinear:
+        """format: q4_k, q5_k, q6_k or q8_0; blocks [N, bytes of a row], as ggml stores them."""
+
     @property
     def out_features(self) -> int: ...
     @property
@@ -255,6 +267,38 @@ class LatentStep:
 
     def forward(self, hidden: _F32, rotations: _F32, cache: npt.NDArray[np.uint16], start: int) -> None:
         """hidden [T, H] and rows start... of cache [C, latent + rope] are updated. The GIL is released."""
+
+@final
+class GqaStep:
+    """hidden += grouped-query attention of the normed hidden, for at most MAX_STEP_ROWS tokens."""
+
+    @property
+    def takes_many(self) -> bool:
+        """No: many tokens go through torch's flash kernel."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        rope: int,
+        window: int | None = None,
+        softmax_scale: float,
+        norm: _Norm,
+        inputs: Sequence[PackedLinear],
+        out: PackedLinear,
+        input_bias: _F32 | None = None,
+        q_norm: _Norm | None = None,
+        k_norm: _Norm | None = None,
+        sinks: _F32 | None = None,
+        out_bias: _F32 | None = None,
+    ) -> None:
+        """inputs: [q | k | v] in one or one each; q_norm and k_norm of every head; sinks [heads]."""
+
+    def forward(self, hidden: _F32, rotations: _F32, cache: npt.NDArray[np.uint16], start: int) -> None:
+        """hidden [T, H] and rows start... of cache [C, 2 kv_heads dim] are updated. The GIL is released."""
 
 SUBMIT_CALL: int
 SYNC_CALL: int

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _kernels
 from .attention import LatentAttention, Step
 from .experts import ExpertLayer
+from .gqa import GroupedQueryAttention
 from .linear import Linear, LinearGroup, PackedCpuLinear
 from .mlp import GatedMLP
 from .moe import MoELayer, RoutedExperts
@@ -128,8 +129,13 @@ def _moe_step(engine: Any, norm: RMSNorm, moe: MoELayer) -> Any:
 
 
 def _attention_step(engine: Any, layer: "DecoderLayer") -> Any:
-    attention = layer.attention
-    if not isinstance(attention, LatentAttention) or attention.w_uk.dtype != torch.bfloat16:
+    if isinstance(layer.attention, LatentAttention):
+        return _latent_step(engine, layer.attention_norm, layer.attention)
+    return _grouped_step(engine, layer.attention_norm, layer.attention)
+
+
+def _latent_step(engine: Any, norm: RMSNorm, attention: LatentAttention) -> Any:
+    if attention.w_uk.dtype != torch.bfloat16:
         return None
     inputs: LinearGroup = attention.inputs
     has_q_b = attention.config.q_lora_rank is not None
@@ -141,7 +147,7 @@ def _attention_step(engine: Any, layer: "DecoderLayer") -> Any:
         engine,
         attention.config.qk_rope_head_dim,
         attention.config.softmax_scale,
-        _norm(layer.attention_norm),
+        _norm(norm),
         matrices[:count],
         _norm(attention.q_norm) if has_q_b else None,
         matrices[count + 1] if has_q_b else None,
@@ -150,3 +156,38 @@ def _attention_step(engine: Any, layer: "DecoderLayer") -> Any:
         attention.w_uv.view(torch.uint16).numpy(),
         matrices[count],
     )
+
+
+def _grouped_step(engine: Any, norm: RMSNorm, attention: GroupedQueryAttention) -> Any:
+    """None where an input or the output is no matrix of the kernels."""
+    config, linears = attention.config, [*attention.inputs.linears, attention.o_proj]
+    packed = [linear for linear in linears if isinstance(linear, PackedCpuLinear)]
+    if len(packed) < len(linears):
+        return None
+    *inputs, out = packed
+    sinks = attention.sinks
+    return _kernels.GqaStep(
+        engine,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        dim=config.qk_head_dim,
+        rope=config.qk_rope_head_dim,
+        window=attention.window,
+        softmax_scale=config.softmax_scale,
+        norm=_norm(norm),
+        inputs=[linear.packed for linear in inputs],
+        out=out.packed,
+        input_bias=_biases(inputs),
+        q_norm=None if attention.q_norm is None else _norm(attention.q_norm),
+        k_norm=None if attention.k_norm is None else _norm(attention.k_norm),
+        sinks=None if sinks is None else sinks.flatten().numpy(),
+        out_bias=_biases([out]),
+    )
+
+
+def _biases(linears: Sequence[PackedCpuLinear]) -> Any:
+    """Their biases side by side; None when none has one."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    parts = [torch.zeros(x.out_features) if x.bias is None else x.bias for x in linears]
+    return torch.cat(parts).numpy()
