@@ -89,7 +89,7 @@ def _run(model_name: str, given: dict[str, Any]) -> None:
     file = read_reference(Path(reference)) if reference and Path(reference).is_file() else None
     bundle = ensure_bundle(resolve_model(model_name), quantise_in_cache)
     is_checked = not given["overcommit"]
-    model = kt.load(
+    model: Any = kt.load(
         bundle,
         dtype=given["dtype"],
         threads=given["cpu_infer"],
