@@ -1,8 +1,8 @@
 """Linears on a device, straight from a shard's codes: packed int4, int8, or bfloat16.
 
 GGUF's blocks become int8. int4 of a shard is row_scale * (s q - z) with small integers s and z. They are
-exact in bfloat16, so that the packed product (torch's own, which takes a scale and a zero for each group) sees
-the true weights, and the row's float32 scale is applied to its result.
+exact in bfloat16, so that the packed product (torch's own, which takes a scale and a zero for each group)
+sees the true weights, and the row's float32 scale is applied to its result.
 """
 
 import functools
