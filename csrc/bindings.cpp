@@ -249,7 +249,7 @@ void linear_forward(PackedLinear& linear, const py::array& x, py::array out) {
   const std::vector<py::ssize_t> shape = {rows.rows, linear.out_features()};
   void* target = out_bf16 ? static_cast<void*>(write<uint16_t>(out, "out", shape)) : write<float>(out, "out", shape);
   py::gil_scoped_release release;
-  if (rows.rows > 0) linear.forward(rows, target, out_bf16);
+  if (rows.rows > 0) linear.forward(rows, {target, static_cast<size_t>(linear.out_features()), out_bf16});
 }
 
 std::unique_ptr<LayerOverBlobs> make_layer(std::shared_ptr<Engine> engine, int hidden_size, int moe_intermediate_size,

@@ -91,9 +91,22 @@ struct GemmScratch {
   Buffer rows;  // kGatherRows converted rows on their way into tiles
 };
 
+// Strips [begin, end) of one matrix, or of two of the same shape: all of the first, then all of the second.
+struct StripRun {
+  const Weights* first;
+  const Weights* second;  // may be null
+  int begin, end;
+
+  int each() const { return end - begin; }
+  int size() const { return second ? 2 * each() : each(); }
+  const Weights& weights(int i) const { return i < each() ? *first : *second; }
+  int index(int i) const { return begin + (i < each() ? i : i - each()); }
+  const uint8_t* strip(int i) const { return weights(i).strip(index(i)); }
+};
+
 // Does something with finished strips, some rows of one strip at a time. `rows` describes these rows at strip 0; finish sets
 // what depends on the strip (scale_b, h, out, cols) in `args`, a copy of rows whose c is already right, and runs the
-// epilogue. In place, because passing the struct by value stalls on store forwarding (a seventh of the time at 4096 tokens).
+// epilogue. Of a run over two matrices c_up is set, too. In place, because passing the struct by value stalls on store forwarding (a seventh of the time at 4096 tokens).
 struct StripSink {
   void (*finish)(const StripSink& sink, const EpilogueArgs& rows, int strip, EpilogueArgs& args);
   void (*prefetch)(const StripSink& sink, int first_row, int rows, int begin, int end);  // may be null
@@ -105,11 +118,14 @@ struct StripSink {
   const GateShape* gate = nullptr;  // null: silu(gate) * up without biases, in the kernel table
 };
 
-// strips [begin, end) of weights times the activations, each handed to the sink. `next`: memory wanted after this range.
-void gemm_strips(const KernelTable& kernels, Arithmetic arithmetic, const Weights& weights, int begin, int end,
-                 const Activations& a, const uint8_t* next, GemmScratch& scratch, const StripSink& sink);
+// For sinks that add: the output rows about to be added to, long since out of the caches when many tokens go by.
+void prefetch_added(const StripSink& sink, int first_row, int rows, int begin, int end);
 
-// Makes scratch large enough for gemm_strips over most_strips() strips at a time. rows: of the largest Activations.
+// Strips times the activations, each handed to the sink. `next`: memory wanted after this run.
+void gemm_strips(const KernelTable& kernels, Arithmetic arithmetic, const StripRun& run, const Activations& a,
+                 const uint8_t* next, GemmScratch& scratch, const StripSink& sink);
+
+// Makes scratch large enough for gemm_strips over max(2, most_strips()) strips at a time. rows: of the largest Activations.
 void reserve_gemm_scratch(GemmScratch& scratch, const StripShape& shape, int rows);
 
 // The longest and shortest run of strips that one worker should take at a time, for so many rows.

@@ -99,7 +99,7 @@ void GqaStep::forward(float* hidden, int rows, const float* rotations, uint16_t*
   float* attended = reserve_floats(step.heads, count * static_cast<size_t>(shape_.queries()));
   attend(projected.query, rows, cache, start, attended);
   float* out = reserve_floats(step.out, count * width);
-  out_->forward(step_input(attended, rows, shape_.queries()), out, false);
+  out_->forward(step_input(attended, rows, shape_.queries()), {out, width});
   for (size_t r = 0; r < count; ++r) {
     add(out + r * width, extras_.out_bias, 0, hidden_size());
     add_scaled(hidden + r * width, out + r * width, 1.0f, width);
@@ -112,7 +112,7 @@ GqaStep::Projected GqaStep::project(const float* x, int rows) {
   float* all = reserve_floats(engine_->step.projected, count * static_cast<size_t>(shape_.projected()));
   float* at = all;
   for (PackedLinear* input : inputs_) {
-    input->forward(step_input(x, rows, hidden_size()), at, false);
+    input->forward(step_input(x, rows, hidden_size()), {at, static_cast<size_t>(input->out_features())});
     at += count * static_cast<size_t>(input->out_features());
   }
   if (inputs_.size() == 3) {

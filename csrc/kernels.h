@@ -64,9 +64,11 @@ struct EpilogueArgs {
   int rows;
   const float* scale_a;
   const float* scale_b;
-  // silu_mul: h[r][0..15] = silu(gate) * up
+  // silu_mul: h[r][0..15] = silu(gate) * up; silu_pair: h[r][0..31], gate in c, up in c_up
   float* h;
   size_t h_stride;  // floats
+  const void* c_up;
+  const float* scale_b_up;
   // add_weighted: y[token[r]][0..cols) += weight[r] * value, where y counts as 0, unread, if first[r];
   // store: out[r][0..cols) = value
   const int32_t* token;
@@ -75,6 +77,7 @@ struct EpilogueArgs {
   void* out;          // already at the strip's first column
   size_t out_stride;  // elements
   int cols;           // valid columns of this strip, 1..32
+  bool past_caches;   // out or h is larger than they are: a kernel may store past them (only silu_pair and store)
 };
 
 struct BlockTable;  // blocks.h
@@ -104,6 +107,8 @@ struct KernelTable {
 
   void (*silu_mul_s32)(const EpilogueArgs&);
   void (*silu_mul_f32)(const EpilogueArgs&);
+  void (*silu_pair_s32)(const EpilogueArgs&);
+  void (*silu_pair_f32)(const EpilogueArgs&);
   void (*add_weighted_s32)(const EpilogueArgs&);
   void (*add_weighted_f32)(const EpilogueArgs&);
   void (*store_f32_s32)(const EpilogueArgs&);  // out float

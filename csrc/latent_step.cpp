@@ -64,7 +64,7 @@ void LatentStep::forward_group(float* hidden, int rows, const float* rotations, 
   float* x = reserve_floats(step.normed, count * width);
   each_row(*engine_, rows, [&](size_t r) { norm_.apply(hidden + r * width, x + r * width); });
   float* projected = reserve_floats(step.projected, count * projected_width);
-  inputs_.forward(*engine_, x, rows, projected, step.inner);
+  inputs_.forward(x, rows, projected);
   float* query = queries(projected, rows);
   const size_t query_width = q_b_ ? static_cast<size_t>(q_b_->out_features()) : projected_width;
   each_row(*engine_, rows, [&](size_t r) {
@@ -82,9 +82,7 @@ void LatentStep::forward_group(float* hidden, int rows, const float* rotations, 
       attend(own, cache, static_cast<int>(position(r)) + 1, attended + r * attended_width);
     }
   }
-  float* out = reserve_floats(step.out, count * width);
-  out_->forward(step_input(attended, rows, out_->in_features()), out, false);
-  each_row(*engine_, rows, [&](size_t r) { add_scaled(hidden + r * width, out + r * width, 1.0f, width); });
+  out_->forward(step_input(attended, rows, out_->in_features()), {hidden, width, false, true});
 }
 
 // [rows, heads * key()], or the whole projected rows where they begin with it.
@@ -95,7 +93,7 @@ float* LatentStep::queries(const float* projected, int rows) const {
   float* normed = reserve_floats(engine_->step.inner, static_cast<size_t>(rows) * (rank + q_b_->out_features()));
   each_row(*engine_, rows, [&](size_t r) { q_norm_->apply(projected + r * width, normed + r * rank); });
   float* query = normed + static_cast<size_t>(rows) * rank;
-  q_b_->forward(step_input(normed, rows, q_b_->in_features()), query, false);
+  q_b_->forward(step_input(normed, rows, q_b_->in_features()), {query, static_cast<size_t>(q_b_->out_features())});
   return query;
 }
 

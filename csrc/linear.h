@@ -9,6 +9,14 @@
 
 namespace kt {
 
+// Where a product goes: rows `stride` elements apart, stored there or (float) added to what is there.
+struct LinearOut {
+  void* data;
+  size_t stride;
+  bool is_bf16 = false;
+  bool adds = false;
+};
+
 class PackedLinear {
  public:
   // codes: row-major as quantize.h writes them (bf16: the weights themselves); row_scale [n], null for bf16.
@@ -22,15 +30,21 @@ class PackedLinear {
   int in_features() const { return weights_.shape.k; }
   size_t nbytes() const;
 
-  // out [x.rows, n], float or bf16.
-  void forward(const Input& x, void* out, bool out_is_bf16);
+  void forward(const Input& x, const LinearOut& out);
+
+  // Whether forward_gated can: both of one format and shape, or one matrix that is both; whole strips of each.
+  static bool can_gate(const PackedLinear& gate, const PackedLinear* up);
+  // out [x.rows, inner] = silu(gate) * up of x, in one pass. up null: the first half of `gate`'s outputs is the gate and the
+  // second is up. Only where can_gate().
+  static void forward_gated(const PackedLinear& gate, const PackedLinear* up, const Input& x, float* out);
 
  private:
   void reserve();  // strips and scales of zeros
   // fill(strip, column in it, row, scratch) for every row, strips spread over the workers.
   template <typename Fill>
   void fill_strips(const Fill& fill);
-  void forward_rows(const Input& x, uint8_t* out, bool out_is_bf16);
+  // Strips of one or two matrices times at most 512 rows, each finished as the sink says.
+  static void multiply(Engine& engine, const Weights& first, const Weights* second, const Input& x, StripSink sink);
 
   std::shared_ptr<Engine> engine_;
   Buffer strips_;

@@ -30,17 +30,6 @@ void finish_down(const StripSink& sink, const EpilogueArgs& rows, int strip, Epi
   if (sink.bias) add_weighted_bias(args, sink.bias + strip * kStripCols);
 }
 
-// The output rows about to be added to: long since out of the caches when many tokens go by.
-void prefetch_down(const StripSink& sink, int first_row, int rows, int begin, int end) {
-  const size_t bytes =
-      static_cast<size_t>(std::min(end * kStripCols, sink.args.cols) - begin * kStripCols) * sizeof(float);
-  for (int r = first_row; r < first_row + rows; ++r) {
-    const char* at = reinterpret_cast<const char*>(static_cast<const float*>(sink.args.out) +
-                                                   sink.args.token[r] * sink.args.out_stride + begin * kStripCols);
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 1);
-  }
-}
-
 }  // namespace
 
 // Rows of one expert that are computed together. Rows are numbered in plan order: [row, row + rows).
@@ -419,8 +408,8 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
     sink.args.h_stride = hidden_stride;
     if (!is_plain_gate_ || !gate_up_bias_.empty()) sink.gate = &gate_;
     if (!gate_up_bias_.empty()) sink.bias = gate_up_bias_.data() + s.expert * gate_up_bias_width();
-    gemm_strips(kernels, s.arithmetic, weights, begin, end, a, end < gate_up_strips ? weights.strip(end) : nullptr,
-                scratch, sink);
+    gemm_strips(kernels, s.arithmetic, {&weights, nullptr, begin, end}, a,
+                end < gate_up_strips ? weights.strip(end) : nullptr, scratch, sink);
   }
   sync.barrier.wait();
   if (worker == 0) sync.gate_up.reset(), sync.rows.reset();
@@ -454,7 +443,7 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
         a.data = engine.hidden.bytes() + local * hidden_stride * sizeof(float);
         a.row_stride = hidden_stride * sizeof(float);
       }
-      StripSink sink = {finish_down, prefetch_down, &kernels, s.arithmetic, {}};
+      StripSink sink = {finish_down, prefetch_added, &kernels, s.arithmetic, {}};
       sink.args.rows = s.rows;
       sink.args.scale_a = s.arithmetic == Arithmetic::kInt8 ? plan.hidden_scale.data() + local : nullptr;
       sink.args.scale_b = weights.scales;
@@ -468,7 +457,7 @@ void ExpertLayer::run_group(Plan& plan, int first, int last, int worker, GroupSy
       const uint8_t* next = i + 1 < last        ? experts[plan.segments[i + 1].expert].down.strip(begin)
                             : end < down_strips ? experts[plan.segments[first].expert].down.strip(end)
                                                 : nullptr;
-      gemm_strips(kernels, s.arithmetic, weights, begin, end, a, next, scratch, sink);
+      gemm_strips(kernels, s.arithmetic, {&weights, nullptr, begin, end}, a, next, scratch, sink);
     }
   }
   sync.barrier.wait();

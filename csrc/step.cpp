@@ -15,8 +15,8 @@ float* reserve_floats(Buffer& buffer, int rows, int cols) {
   return buffer.as<float>();
 }
 
-void forward_linear(PackedLinear& linear, const float* x, int rows, float* out) {
-  linear.forward(step_input(x, rows, linear.in_features()), out, false);
+void forward_linear(PackedLinear& linear, const float* x, int rows, const LinearOut& out) {
+  linear.forward(step_input(x, rows, linear.in_features()), out);
 }
 
 void check_size(int got, int expected, const char* what) {
@@ -34,17 +34,16 @@ LinearPair::LinearPair(PackedLinear* first, PackedLinear* second) : first_(first
   if (second) check_size(second->in_features(), first->in_features(), "second matrix");
 }
 
-void LinearPair::forward(Engine& engine, const float* x, int rows, float* out, Buffer& scratch) const {
-  if (!second_) return forward_linear(*first_, x, rows, out);
-  const auto left = static_cast<size_t>(first_->out_features()), right = static_cast<size_t>(second_->out_features());
-  float* parts = reserve_floats(scratch, rows, out_features());
-  float* second = parts + static_cast<size_t>(rows) * left;
-  forward_linear(*first_, x, rows, parts);
-  forward_linear(*second_, x, rows, second);
-  each_row(engine, rows, [&](size_t r) {
-    std::memcpy(out + r * (left + right), parts + r * left, left * sizeof(float));
-    std::memcpy(out + r * (left + right) + left, second + r * right, right * sizeof(float));
-  });
+void LinearPair::forward(const float* x, int rows, float* out) const {
+  const auto width = static_cast<size_t>(out_features());
+  forward_linear(*first_, x, rows, {out, width});
+  if (second_) forward_linear(*second_, x, rows, {out + first_->out_features(), width});
+}
+
+bool LinearPair::forward_gated(const float* x, int rows, float* out) const {
+  if (!PackedLinear::can_gate(*first_, second_)) return false;
+  PackedLinear::forward_gated(*first_, second_, step_input(x, rows, in_features()), out);
+  return true;
 }
 
 GatedMlp::GatedMlp(std::shared_ptr<Engine> engine, LinearPair gate_up, PackedLinear* down)
@@ -53,14 +52,16 @@ GatedMlp::GatedMlp(std::shared_ptr<Engine> engine, LinearPair gate_up, PackedLin
   check_size(gate_up.in_features(), down->out_features(), "gate and up's input");
 }
 
-void GatedMlp::forward(const float* x, int rows, float* out) const {
+void GatedMlp::forward(const float* x, int rows, const LinearOut& out) const {
   const int inner_size = down_->in_features();
-  const auto width = static_cast<size_t>(inner_size);
-  float* both = reserve_floats(engine_->step.projected, rows, 2 * inner_size);
-  gate_up_.forward(*engine_, x, rows, both, engine_->step.inner);
   float* inner = reserve_floats(engine_->step.inner, rows, inner_size);
-  each_row(*engine_, rows,
-           [&](size_t r) { silu_mul(both + r * 2 * width, both + r * 2 * width + width, width, inner + r * width); });
+  if (!gate_up_.forward_gated(x, rows, inner)) {
+    const auto width = static_cast<size_t>(inner_size);
+    float* both = reserve_floats(engine_->step.projected, rows, 2 * inner_size);
+    gate_up_.forward(x, rows, both);
+    each_row(*engine_, rows,
+             [&](size_t r) { silu_mul(both + r * 2 * width, both + r * 2 * width + width, width, inner + r * width); });
+  }
   forward_linear(*down_, inner, rows, out);
 }
 
@@ -76,10 +77,8 @@ void DenseStep::forward(float* hidden, int rows) {
     const int count = std::min(kMaxGroupRows, rows - first);
     float* group = hidden + static_cast<size_t>(first) * width;
     float* x = reserve_floats(engine_->step.normed, count, hidden_size());
-    float* out = reserve_floats(engine_->step.out, count, hidden_size());
     each_row(*engine_, count, [&](size_t r) { norm_.apply(group + r * width, x + r * width); });
-    mlp_.forward(x, count, out);
-    each_row(*engine_, count, [&](size_t r) { add_scaled(group + r * width, out + r * width, 1.0f, width); });
+    mlp_.forward(x, count, {group, width, false, true});
   }
 }
 
@@ -136,14 +135,13 @@ void MoeStep::mix(float* hidden, const float* x, int rows, const Routing& routin
 
 void MoeStep::add_shared(const float* x, int rows, float* routed) const {
   const auto width = static_cast<size_t>(hidden_size());
+  if (shared_gate_.empty()) return shared_->forward(x, rows, {routed, width, false, true});
   float* out = reserve_floats(engine_->step.out, rows, hidden_size());
-  shared_->forward(x, rows, out);
+  shared_->forward(x, rows, {out, width});
   each_row(*engine_, rows, [&](size_t r) {
-    float scale = 1.0f;
-    if (!shared_gate_.empty()) {
-      dot_rows_f32(x + r * width, shared_gate_.data(), 1, width, &scale);
-      scale = 1.0f / (1.0f + std::exp(-scale));
-    }
+    float scale;
+    dot_rows_f32(x + r * width, shared_gate_.data(), 1, width, &scale);
+    scale = 1.0f / (1.0f + std::exp(-scale));
     add_scaled(routed + r * width, out + r * width, scale, width);
   });
 }

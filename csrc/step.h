@@ -58,8 +58,11 @@ class LinearPair {
   int in_features() const { return first_->in_features(); }
   int first_features() const { return first_->out_features(); }
   int out_features() const { return first_->out_features() + (second_ ? second_->out_features() : 0); }
-  // out [rows, out_features]; scratch for the parts when there are two.
-  void forward(Engine& engine, const float* x, int rows, float* out, Buffer& scratch) const;
+  // out [rows, out_features].
+  void forward(const float* x, int rows, float* out) const;
+  // out [rows, out_features / 2] = silu(first half of the outputs) * second half, in one pass. False where the matrices allow
+  // none: nothing is done then.
+  bool forward_gated(const float* x, int rows, float* out) const;
 
  private:
   PackedLinear* first_;
@@ -71,7 +74,7 @@ class GatedMlp {
  public:
   GatedMlp(std::shared_ptr<Engine> engine, LinearPair gate_up, PackedLinear* down);
   int hidden_size() const { return down_->out_features(); }
-  void forward(const float* x, int rows, float* out) const;
+  void forward(const float* x, int rows, const LinearOut& out) const;
 
  private:
   std::shared_ptr<Engine> engine_;

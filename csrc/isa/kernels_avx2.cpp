@@ -389,6 +389,25 @@ void silu_mul(const EpilogueArgs& e) {
   }
 }
 
+// The same columns of another matrix's C, with the same rows.
+inline EpilogueArgs up_of(const EpilogueArgs& e) {
+  EpilogueArgs up = e;
+  up.c = e.c_up;
+  up.scale_b = e.scale_b_up;
+  return up;
+}
+
+template <typename T>
+void silu_pair(const EpilogueArgs& e) {
+  const EpilogueArgs up = up_of(e);
+  for (int r = 0; r < e.rows; ++r) {
+    for (int part = 0; part < 4; ++part) {
+      _mm256_storeu_ps(e.h + r * e.h_stride + part * 8,
+                       _mm256_mul_ps(silu8(value8<T>(e, r, part)), value8<T>(up, r, part)));
+    }
+  }
+}
+
 template <typename T>
 void add_weighted(const EpilogueArgs& e) {
   for (int r = 0; r < e.rows; ++r) {
@@ -495,6 +514,8 @@ extern const KernelTable kAvx2Table = {
     unpack_s4,
     silu_mul<int32_t>,
     silu_mul<float>,
+    silu_pair<int32_t>,
+    silu_pair<float>,
     add_weighted<int32_t>,
     add_weighted<float>,
     store_f32<int32_t>,

@@ -410,6 +410,41 @@ void silu_mul(const EpilogueArgs& e) {
   }
 }
 
+// The same columns of another matrix's C, with the same rows.
+inline EpilogueArgs up_of(const EpilogueArgs& e) {
+  EpilogueArgs up = e;
+  up.c = e.c_up;
+  up.scale_b = e.scale_b_up;
+  return up;
+}
+
+// Past the caches whole lines need not be read before they are written. The thread pool's locked instructions order such
+// stores before anybody reads.
+inline bool streams(const EpilogueArgs& e, const void* to, size_t stride) {
+  return e.past_caches && (reinterpret_cast<uintptr_t>(to) | stride * sizeof(float)) % 64 == 0;
+}
+
+template <bool Streams>
+inline void put16(float* to, __m512 value) {
+  Streams ? _mm512_stream_ps(to, value) : _mm512_storeu_ps(to, value);
+}
+
+template <typename T, bool Streams>
+inline void silu_pair_rows(const EpilogueArgs& e) {
+  const EpilogueArgs up = up_of(e);
+  for (int r = 0; r < e.rows; ++r) {
+    for (int tile = 0; tile < 2; ++tile) {
+      put16<Streams>(e.h + r * e.h_stride + tile * kTileCols,
+                     _mm512_mul_ps(silu16(value16<T>(e, r, tile)), value16<T>(up, r, tile)));
+    }
+  }
+}
+
+template <typename T>
+void silu_pair(const EpilogueArgs& e) {
+  streams(e, e.h, e.h_stride) ? silu_pair_rows<T, true>(e) : silu_pair_rows<T, false>(e);
+}
+
 inline __mmask16 column_mask(int cols, int tile) {
   const int left = cols - tile * kTileCols;
   return left <= 0 ? 0 : tail_mask(static_cast<size_t>(left));
@@ -432,7 +467,16 @@ void add_weighted(const EpilogueArgs& e) {
 }
 
 template <typename T>
+inline void stream_f32(const EpilogueArgs& e) {
+  for (int r = 0; r < e.rows; ++r) {
+    float* out = static_cast<float*>(e.out) + r * e.out_stride;
+    for (int tile = 0; tile < 2; ++tile) put16<true>(out + tile * kTileCols, value16<T>(e, r, tile));
+  }
+}
+
+template <typename T>
 void store_f32(const EpilogueArgs& e) {
+  if (e.cols == kStripCols && streams(e, e.out, e.out_stride)) return stream_f32<T>(e);
   for (int r = 0; r < e.rows; ++r) {
     float* out = static_cast<float*>(e.out) + r * e.out_stride;
     for (int tile = 0; tile < 2; ++tile) {
@@ -524,6 +568,8 @@ extern const KernelTable kAvx512Table = {
     unpack_s4,
     silu_mul<int32_t>,
     silu_mul<float>,
+    silu_pair<int32_t>,
+    silu_pair<float>,
     add_weighted<int32_t>,
     add_weighted<float>,
     store_f32<int32_t>,

@@ -147,6 +147,19 @@ void silu_mul(const EpilogueArgs& e) {
 }
 
 template <typename T>
+void silu_pair(const EpilogueArgs& e) {
+  EpilogueArgs up = e;
+  up.c = e.c_up;
+  up.scale_b = e.scale_b_up;
+  for (int r = 0; r < e.rows; ++r) {
+    for (int col = 0; col < kStripCols; ++col) {
+      const float gate = value_at<T>(e, r, col);
+      e.h[r * e.h_stride + col] = gate / (1.0f + std::exp(-gate)) * value_at<T>(up, r, col);
+    }
+  }
+}
+
+template <typename T>
 void add_weighted(const EpilogueArgs& e) {
   for (int r = 0; r < e.rows; ++r) {
     float* y = static_cast<float*>(e.out) + e.token[r] * e.out_stride;
@@ -216,6 +229,8 @@ extern const KernelTable kScalarTable = {
     unpack_s4,
     silu_mul<int32_t>,
     silu_mul<float>,
+    silu_pair<int32_t>,
+    silu_pair<float>,
     add_weighted<int32_t>,
     add_weighted<float>,
     store_f32<int32_t>,

@@ -281,10 +281,10 @@ void check_linear(const std::string& isa, const FormatInfo& info, int n, int k) 
     }
     const std::string what = isa + " " + info.name + " matrix " + std::to_string(n) + "x" + std::to_string(k);
     std::vector<float> wide(expected.size(), NAN);
-    linear.forward({x.data(), false, m, k}, wide.data(), false);
+    linear.forward({x.data(), false, m, k}, {wide.data(), static_cast<size_t>(n)});
     compare(wide, expected, info.k_group ? 0.2 : 0.02, what);
     std::vector<uint16_t> half(expected.size(), 0xffff);
-    linear.forward({x.data(), false, m, k}, half.data(), true);
+    linear.forward({x.data(), false, m, k}, {half.data(), static_cast<size_t>(n), true});
     for (size_t i = 0; i < half.size(); ++i) expect(half[i] == to_bf16(wide[i]), what + ": bf16 output");
   }
 }
