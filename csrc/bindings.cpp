@@ -230,6 +230,19 @@ std::unique_ptr<PackedLinear> linear_from_int4(std::shared_ptr<Engine> engine, c
   return std::make_unique<PackedLinear>(std::move(engine), int4_format(group_size), view.codes, view.scale);
 }
 
+std::unique_ptr<PackedLinear> linear_from_blocks(std::shared_ptr<Engine> engine, const std::string& format,
+                                                 const py::array& blocks, int in_features) {
+  const ExpertFormat both = block_format(format);
+  if (both.gate_up != both.down) fail(format + " is a pair of formats, a matrix has one");
+  if (blocks.ndim() != 2) fail("blocks must have 2 dimensions, got " + shape_text(blocks));
+  const FormatInfo& info = format_info(both.gate_up);
+  const int n = checked_int(blocks.shape(0), "N"), k = checked_int(in_features, "K");
+  check_block_inputs(info, k);
+  const uint8_t* rows = read<uint8_t>(blocks, "blocks", {n, static_cast<py::ssize_t>(ggml_row_bytes(info, k))});
+  py::gil_scoped_release release;
+  return std::make_unique<PackedLinear>(std::move(engine), both.gate_up, rows, n, k);
+}
+
 void linear_forward(PackedLinear& linear, const py::array& x, py::array out) {
   const Input rows = input(x, linear.in_features());
   const bool out_bf16 = is_bf16(out, "out");
@@ -379,6 +392,8 @@ PYBIND11_MODULE(_kernels, m) {
       .def_static("from_int8", &linear_from_int8, py::arg("engine"), py::arg("q"), py::arg("row_scale"))
       .def_static("from_int4", &linear_from_int4, py::arg("engine"), py::arg("q"), py::arg("group_scale"),
                   py::arg("group_zero"), py::arg("row_scale"), py::arg("in_features"), py::arg("group_size"))
+      .def_static("from_blocks", &linear_from_blocks, py::arg("engine"), py::arg("format"), py::arg("blocks"),
+                  py::arg("in_features"))
       .def_property_readonly("out_features", &PackedLinear::out_features)
       .def_property_readonly("in_features", &PackedLinear::in_features)
       .def_property_readonly("nbytes", &PackedLinear::nbytes)

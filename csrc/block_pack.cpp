@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "dequantize.h"
 
 namespace kt {
 namespace {
@@ -32,14 +33,7 @@ GgmlBlock ggml_block(BlockKind kind) {
   }
 }
 
-float half_to_float(const uint8_t* at) {
-  const int half = at[0] | at[1] << 8;
-  const int exponent = half >> 10 & 31, fraction = half & 1023;
-  const float magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
-                          : exponent     ? std::ldexp(static_cast<float>(1024 + fraction), exponent - 25)
-                                         : std::ldexp(static_cast<float>(fraction), -24);
-  return half & 0x8000 ? -magnitude : magnitude;
-}
+bool is_finite_half(const uint8_t* at) { return (at[1] & 0x7c) != 0x7c; }
 
 // ggml's 12 bytes of eight 6-bit scales (0..7) and eight mins (8..15).
 int ggml_six_bits(const uint8_t* s, int index) {
@@ -129,33 +123,14 @@ void copy_block(const Copy& copy, BlockKind kind, uint8_t* block, int col, uint8
   for (int i = 0; i < 4; ++i) copy.lanes(codes + i * 1024, 512, col, row + (fifth ? 48 : 16) + i * 32, 32);
 }
 
-void copy_row(const Copy& copy, const StripShape& shape, uint8_t* strip, int col, uint8_t* row) {
-  const BlockKind kind = shape.info->block_kind;
+void copy_row(const Copy& copy, const FormatInfo& info, int k, uint8_t* strip, int col, uint8_t* row) {
+  const BlockKind kind = info.block_kind;
   const GgmlBlock ggml = ggml_block(kind);
-  const int per_block = block_inputs(kind) / ggml.inputs, blocks = shape.k / ggml.inputs;
+  const int per_block = block_inputs(kind) / ggml.inputs, blocks = k / ggml.inputs;
   for (int i = 0; i < blocks; i += per_block) {
     copy_block(copy, kind, strip + static_cast<size_t>(i / per_block) * static_cast<size_t>(block_bytes(kind)), col,
                row + static_cast<size_t>(i) * static_cast<size_t>(ggml.bytes), std::min(per_block, blocks - i));
   }
-}
-
-void check_scales(const FormatInfo& info, const uint8_t* row, int k, int r) {
-  const GgmlBlock ggml = ggml_block(info.block_kind);
-  for (int i = 0; i < k / ggml.inputs; ++i) {
-    const uint8_t* block = row + static_cast<size_t>(i) * static_cast<size_t>(ggml.bytes);
-    if (std::isfinite(half_to_float(block + ggml.d)) &&
-        (ggml.dmin < 0 || std::isfinite(half_to_float(block + ggml.dmin))))
-      continue;
-    throw std::invalid_argument("scale of the block at row " + std::to_string(r) + ", column " +
-                                std::to_string(i * ggml.inputs) + " is not a finite number");
-  }
-}
-
-float row_scale(const FormatInfo& info, const uint8_t* row, int k, std::vector<float>& values) {
-  dequantize_row(info, row, k, values.data());
-  float largest = 0.0f;
-  for (float v : values) largest = std::fmax(largest, std::fabs(v));
-  return largest < 1e-30f ? 0.0f : largest / 127.0f;
 }
 
 struct Place {
@@ -165,14 +140,13 @@ struct Place {
 void pack_rows(const StripShape& shape, int rows, const uint8_t* data, uint8_t* strips, float* scales,
                Place (*place)(int row)) {
   const size_t bytes = ggml_row_bytes(*shape.info, shape.k);
-  std::vector<uint8_t> row(bytes);
   std::vector<float> values(static_cast<size_t>(shape.k));
+  check_ggml_scales(*shape.info, data, rows, shape.k);
   for (int r = 0; r < rows; ++r) {
-    std::memcpy(row.data(), data + static_cast<size_t>(r) * bytes, bytes);
-    check_scales(*shape.info, row.data(), shape.k, r);
     const Place at = place(r);
-    copy_row({true}, shape, strips + static_cast<size_t>(at.strip) * shape.strip_bytes(), at.col, row.data());
-    scales[at.strip * kStripCols + at.col] = row_scale(*shape.info, row.data(), shape.k, values);
+    scales[at.strip * kStripCols + at.col] =
+        place_ggml_row(*shape.info, data + static_cast<size_t>(r) * bytes, shape.k,
+                       strips + static_cast<size_t>(at.strip) * shape.strip_bytes(), at.col, values.data());
   }
 }
 
@@ -182,7 +156,7 @@ void unpack_rows(const StripShape& shape, int rows, const uint8_t* strips, uint8
   for (int r = 0; r < rows; ++r) {
     const Place at = place(r);
     uint8_t* strip = const_cast<uint8_t*>(strips) + static_cast<size_t>(at.strip) * shape.strip_bytes();  // only read
-    copy_row({false}, shape, strip, at.col, data + static_cast<size_t>(r) * bytes);
+    copy_row({false}, *shape.info, shape.k, strip, at.col, data + static_cast<size_t>(r) * bytes);
   }
 }
 
@@ -198,35 +172,29 @@ size_t ggml_row_bytes(const FormatInfo& info, int k) {
 }
 
 void dequantize_row(const FormatInfo& info, const uint8_t* row, int k, float* out) {
+  static const char* const kNames[] = {"", "Q4_K", "Q5_K", "Q6_K", "Q8_0"};  // by BlockKind
+  const GgmlType& type = ggml_type(kNames[static_cast<int>(info.block_kind)]);
+  type.decode(row, static_cast<size_t>(k / type.block), out);
+}
+
+void check_ggml_scales(const FormatInfo& info, const uint8_t* data, int rows, int k) {
   const GgmlBlock ggml = ggml_block(info.block_kind);
-  for (int begin = 0; begin < k; begin += ggml.inputs, row += ggml.bytes, out += ggml.inputs) {
-    const float d = half_to_float(row + ggml.d);
-    if (info.block_kind == BlockKind::kQ8_0) {
-      for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(static_cast<int8_t>(row[2 + i]));
-      continue;
-    }
-    if (info.block_kind == BlockKind::kQ6K) {
-      for (int i = 0; i < 256; ++i) {
-        const int half = i / 128, quarter = i % 128 / 32, l = i % 32;
-        const int byte = row[half * 64 + quarter % 2 * 32 + l];
-        const int code = (quarter < 2 ? byte & 15 : byte >> 4) | (row[128 + half * 32 + l] >> 2 * quarter & 3) << 4;
-        const float scale = d * static_cast<float>(static_cast<int8_t>(row[192 + i / 16]));
-        out[i] = scale * static_cast<float>(code - 32);
-      }
-      continue;
-    }
-    const bool fifth = info.block_kind == BlockKind::kQ5K;
-    const float dmin = half_to_float(row + ggml.dmin);
-    for (int sub = 0; sub < 8; ++sub) {
-      const float scale = d * static_cast<float>(ggml_six_bits(row + 4, sub));
-      const float min = dmin * static_cast<float>(ggml_six_bits(row + 4, 8 + sub));
-      for (int i = 0; i < 32; ++i) {
-        const int byte = row[(fifth ? 48 : 16) + sub / 2 * 32 + i];
-        const int code = (sub % 2 ? byte >> 4 : byte & 15) | (fifth ? (row[16 + i] >> sub & 1) << 4 : 0);
-        out[sub * 32 + i] = scale * static_cast<float>(code) - min;
-      }
+  const uint8_t* block = data;
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < k / ggml.inputs; ++i, block += ggml.bytes) {
+      if (is_finite_half(block + ggml.d) && (ggml.dmin < 0 || is_finite_half(block + ggml.dmin))) continue;
+      throw std::invalid_argument("scale of the block at row " + std::to_string(r) + ", column " +
+                                  std::to_string(i * ggml.inputs) + " is not a finite number");
     }
   }
+}
+
+float place_ggml_row(const FormatInfo& info, const uint8_t* row, int k, uint8_t* strip, int col, float* values) {
+  copy_row({true}, info, k, strip, col, const_cast<uint8_t*>(row));  // only read
+  dequantize_row(info, row, k, values);
+  float largest = 0.0f;
+  for (int i = 0; i < k; ++i) largest = std::fmax(largest, std::fabs(values[i]));
+  return largest < 1e-30f ? 0.0f : largest / 127.0f;
 }
 
 void pack_ggml_expert(ExpertFormat format, int hidden_size, int moe_intermediate_size, const uint8_t* gate,

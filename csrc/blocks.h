@@ -60,6 +60,17 @@ struct BlockTable {
   void (*expand_s8)(BlockKind kind, const uint8_t* strip, int k_steps, const float* row_scale, uint8_t* out);
 };
 
+// A table's quantize_*: Block does one block of an instruction set's own file. static, and so is Block: an isa object must not
+// share code with others through a weak symbol.
+template <typename T, void (*Block)(const T* x, size_t n, BlockActivations* out)>
+static void quantize_blocks(const T* x, size_t n, int blocks, BlockActivations* out) {
+  for (int block = 0; block < blocks; ++block) {
+    const size_t begin = static_cast<size_t>(block) * kBlockInputs;
+    const size_t left = begin < n ? n - begin : 0;
+    Block(x + begin, left < kBlockInputs ? left : kBlockInputs, out + block);
+  }
+}
+
 extern const BlockTable kScalarBlocks;
 extern const BlockTable kAvx2Blocks;
 extern const BlockTable kAvx512Blocks;

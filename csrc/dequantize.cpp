@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "clones.h"
 
@@ -171,6 +172,15 @@ const std::vector<GgmlType>& ggml_types() {
       {"Q5_K", 256, 176, decode_q5_k}, {"Q6_K", 256, 210, decode_q6_k}, {"MXFP4", 32, 17, decode_mxfp4},
   };
   return table;
+}
+
+const GgmlType& ggml_type(const std::string& name) {
+  std::string known;
+  for (const GgmlType& type : ggml_types()) {
+    if (name == type.name) return type;
+    known += (known.empty() ? "" : ", ") + std::string(type.name);
+  }
+  throw std::invalid_argument("unknown ggml type " + name + ": expected one of " + known);
 }
 
 bool decode_fp8(const Fp8Blocks& blocks, uint16_t* out) {

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace kt {
@@ -17,6 +18,8 @@ struct GgmlType {
 };
 
 const std::vector<GgmlType>& ggml_types();
+// One of them. Throws std::invalid_argument listing the names.
+const GgmlType& ggml_type(const std::string& name);
 
 // e4m3 codes [rows, cols] with a scale per block of block_rows x block_cols; row 0 is row `first_row` of its block. scales
 // [.., ceil(cols / block_cols)], from the block of row 0 on. out: bf16 of code * scale, to nearest even.

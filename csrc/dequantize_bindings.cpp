@@ -8,17 +8,8 @@
 namespace kt {
 namespace {
 
-const GgmlType& type_by_name(const std::string& name) {
-  std::string known;
-  for (const GgmlType& type : ggml_types()) {
-    if (name == type.name) return type;
-    known += (known.empty() ? "" : ", ") + std::string(type.name);
-  }
-  fail("unknown ggml type " + name + ": expected one of " + known);
-}
-
 py::array_t<float> decode_ggml(const std::string& name, const py::array& data) {
-  const GgmlType& type = type_by_name(name);
+  const GgmlType& type = ggml_type(name);
   if (data.ndim() != 1) fail("data must have 1 dimension, got " + shape_text(data));
   const uint8_t* bytes = read<uint8_t>(data, "data", {data.shape(0)});
   if (data.shape(0) % type.bytes != 0) {

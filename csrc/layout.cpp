@@ -94,12 +94,14 @@ ExpertShape::ExpertShape(ExpertFormat format, int hidden_size, int moe_intermedi
     : gate_up{static_cast<int>(2 * round_up(checked_size("moe_intermediate_size", moe_intermediate_size), kTileCols)),
               checked_size("hidden_size", hidden_size), &format_info(format.gate_up)},
       down{hidden_size, moe_intermediate_size, &format_info(format.down)} {
-  for (const StripShape* shape : {&gate_up, &down}) {
-    const int inputs = shape->info->is_block() ? ggml_block_inputs(shape->info->block_kind) : 1;
-    if (shape->k % inputs == 0) continue;
-    throw std::invalid_argument(std::string(shape->info->name) + " holds blocks of " + std::to_string(inputs) +
-                                " inputs; " + std::to_string(shape->k) + " do not fill them");
-  }
+  for (const StripShape* shape : {&gate_up, &down}) check_block_inputs(*shape->info, shape->k);
+}
+
+void check_block_inputs(const FormatInfo& info, int k) {
+  const int inputs = info.is_block() ? ggml_block_inputs(info.block_kind) : 1;
+  if (k % inputs == 0) return;
+  throw std::invalid_argument(std::string(info.name) + " holds blocks of " + std::to_string(inputs) + " inputs; " +
+                              std::to_string(k) + " do not fill them");
 }
 
 }  // namespace kt

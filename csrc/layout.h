@@ -74,6 +74,9 @@ struct StripShape {
   bool has_scales() const { return info->format != Format::kBf16; }  // one per row
 };
 
+// Throws std::invalid_argument for a block format whose blocks k inputs do not fill.
+void check_block_inputs(const FormatInfo& info, int k);
+
 // Sections of an expert blob, in file order. gate_up: a strip holds 16 gate rows and the 16 up rows of the same
 // intermediate features, so its N is 2 * round_up(moe_intermediate_size, 16).
 struct ExpertShape {

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
+
+#include "block_pack.h"
 
 namespace kt {
 namespace {
@@ -26,28 +29,55 @@ void finish_store(const StripSink& sink, const EpilogueArgs& rows, int strip, Ep
 
 PackedLinear::PackedLinear(std::shared_ptr<Engine> engine, Format format, const CodeView& codes, const float* row_scale)
     : engine_(std::move(engine)), weights_{{codes.n, codes.k, &format_info(format)}, nullptr, nullptr} {
+  reserve();
+  fill_strips([&](uint8_t* strip, int col, int row, std::vector<float>&) {
+    place_row(*weights_.shape.info, codes, row, strip, col);
+  });
+  if (row_scale) std::memcpy(scales_.bytes(), row_scale, static_cast<size_t>(codes.n) * sizeof(float));
+}
+
+PackedLinear::PackedLinear(std::shared_ptr<Engine> engine, Format format, const uint8_t* rows, int n, int k)
+    : engine_(std::move(engine)), weights_{{n, k, &format_info(format)}, nullptr, nullptr} {
+  const FormatInfo& info = *weights_.shape.info;
+  check_block_inputs(info, k);
+  check_ggml_scales(info, rows, n, k);
+  reserve();
+  const size_t row_bytes = ggml_row_bytes(info, k);
+  float* scales = scales_.as<float>();
+  fill_strips([&](uint8_t* strip, int col, int row, std::vector<float>& values) {
+    values.resize(static_cast<size_t>(k));
+    scales[row] = place_ggml_row(info, rows + static_cast<size_t>(row) * row_bytes, k, strip, col, values.data());
+  });
+}
+
+void PackedLinear::reserve() {
   const StripShape& shape = weights_.shape;
   strips_.reserve(shape.bytes());
   std::memset(strips_.bytes(), 0, shape.bytes());
+  weights_.strips = strips_.bytes();
+  if (!shape.has_scales()) return;
+  scales_.reserve(ExpertShape::scales_bytes(shape));
+  std::memset(scales_.bytes(), 0, ExpertShape::scales_bytes(shape));
+  weights_.scales = scales_.as<float>();
+}
+
+template <typename Fill>
+void PackedLinear::fill_strips(const Fill& fill) {
+  const StripShape& shape = weights_.shape;
   UnitCounter units;
   engine_->pool().run(engine_->workers_for(shape.bytes(), 1), [&](int) {
+    std::vector<float> values;
     for (int strip = units.take(); strip < shape.strips(); strip = units.take()) {
       uint8_t* at = strips_.bytes() + strip * shape.strip_bytes();
       const int cols = std::min(kStripCols, shape.n - strip * kStripCols);
-      for (int col = 0; col < cols; ++col) place_row(*shape.info, codes, strip * kStripCols + col, at, col);
+      for (int col = 0; col < cols; ++col) fill(at, col, strip * kStripCols + col, values);
     }
   });
-  weights_.strips = strips_.bytes();
-  if (!shape.has_scales()) return;
-  scales_.reserve(static_cast<size_t>(shape.strips()) * kStripCols * sizeof(float));
-  std::memset(scales_.bytes(), 0, static_cast<size_t>(shape.strips()) * kStripCols * sizeof(float));
-  std::memcpy(scales_.bytes(), row_scale, static_cast<size_t>(shape.n) * sizeof(float));
-  weights_.scales = scales_.as<float>();
 }
 
 size_t PackedLinear::nbytes() const {
   const StripShape& shape = weights_.shape;
-  return shape.bytes() + (shape.has_scales() ? static_cast<size_t>(shape.strips()) * kStripCols * sizeof(float) : 0);
+  return shape.bytes() + ExpertShape::scales_bytes(shape);
 }
 
 void PackedLinear::forward(const Input& x, void* out, bool out_is_bf16) {
@@ -68,16 +98,16 @@ void PackedLinear::forward_rows(const Input& x, uint8_t* out, bool out_is_bf16) 
   const StripShape& shape = weights_.shape;
   const Arithmetic arithmetic = arithmetic_for(kernels, *shape.info, x, x.rows);
   const bool tiled = uses_tiles(kernels, arithmetic, x.rows);
-  const Tiling tiling(x.rows, shape.k_steps(), shape.info->k_group != 0);
+  const Tiling tiling(x.rows, shape.k_steps(), shape.info->is_expanded());
   StageNeeds needs;
-  (arithmetic == Arithmetic::kInt8 ? needs.int8 : arithmetic == Arithmetic::kBf16 ? needs.bf16 : needs.f32) = true;
+  needs.add(arithmetic);
   reserve_stage(engine.stage, needs, x.rows, x.cols);
   if (tiled) engine.tiles.reserve(tiling.bytes());
   const int workers = engine.workers_for(shape.bytes(), x.rows);
   for (int w = 0; w < workers; ++w) reserve_gemm_scratch(engine.gemm_scratch(w), shape, x.rows);
   StripSink sink = {finish_store, nullptr, &kernels, arithmetic, {}, out_is_bf16};
   sink.args.rows = x.rows;
-  sink.args.scale_a = weights_.scales ? engine.stage.scale.as<float>() : nullptr;
+  sink.args.scale_a = arithmetic == Arithmetic::kInt8 ? engine.stage.scale.as<float>() : nullptr;
   sink.args.scale_b = weights_.scales;
   sink.args.out = out;
   sink.args.out_stride = static_cast<size_t>(shape.n);

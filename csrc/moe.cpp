@@ -256,10 +256,7 @@ ExpertLayer::Plan ExpertLayer::make_plan(const Input& x, const Routing& routing)
         input_bytes += s.tiled ? s.gate_up_tiling.bytes() : s.rows * stage_stride(s.arithmetic, hidden_size_);
       }
       hidden_bytes += s.tiled ? s.down_tiling.bytes() : s.rows * stage_stride(s.arithmetic, intermediate_);
-      plan.needs.int8 |= s.arithmetic == Arithmetic::kInt8;
-      plan.needs.bf16 |= s.arithmetic == Arithmetic::kBf16;
-      plan.needs.f32 |= s.arithmetic == Arithmetic::kFloat;
-      plan.needs.blocks |= s.arithmetic == Arithmetic::kBlocks;
+      plan.needs.add(s.arithmetic);
       plan.largest_segment = std::max(plan.largest_segment, s.rows);
       std::fill_n(plan.segment_of_row.begin() + s.row, s.rows, static_cast<int32_t>(plan.segments.size()));
       plan.segments.push_back(s);

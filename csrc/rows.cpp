@@ -38,6 +38,13 @@ constexpr int kBlockTileRows = 8;
 
 }  // namespace
 
+void StageNeeds::add(Arithmetic arithmetic) {
+  int8 |= arithmetic == Arithmetic::kInt8;
+  bf16 |= arithmetic == Arithmetic::kBf16;
+  f32 |= arithmetic == Arithmetic::kFloat;
+  blocks |= arithmetic == Arithmetic::kBlocks;
+}
+
 Arithmetic arithmetic_for(const KernelTable& kernels, const FormatInfo& info, const Input& x, int rows) {
   if (info.is_block()) {
     const bool tiles = kernels.tile_s8 && kernels.blocks->expand_s8 && rows >= kBlockTileRows;

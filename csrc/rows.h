@@ -27,6 +27,8 @@ struct StageNeeds {
   bool bf16 = false;
   bool f32 = false;
   bool blocks = false;
+
+  void add(Arithmetic arithmetic);
 };
 
 // bf16 weights: exact float arithmetic for float input; the matrix unit for `rows` >= enough of bf16 input.

@@ -46,20 +46,6 @@ inline void quantize_block(const T* x, size_t n, BlockActivations* out) {
   out->scale = finite ? (zero ? 0.0f : amax / 127.0f) : NAN;
 }
 
-template <typename T>
-inline void quantize_blocks(const T* x, size_t n, int blocks, BlockActivations* out) {
-  for (int block = 0; block < blocks; ++block) {
-    const size_t begin = static_cast<size_t>(block) * kBlockInputs;
-    const size_t left = begin < n ? n - begin : 0;
-    quantize_block(x + begin, left < kBlockInputs ? left : kBlockInputs, out + block);
-  }
-}
-
-void quantize_f32(const float* x, size_t n, int blocks, BlockActivations* out) { quantize_blocks(x, n, blocks, out); }
-void quantize_bf16(const uint16_t* x, size_t n, int blocks, BlockActivations* out) {
-  quantize_blocks(x, n, blocks, out);
-}
-
 inline __m512i broadcast4(const void* at) {
   int32_t four;
   __builtin_memcpy(&four, at, 4);
@@ -382,6 +368,7 @@ void expand_s8(BlockKind kind, const uint8_t* strip, int k_steps, const float* r
 
 }  // namespace
 
-extern const BlockTable kAvx512Blocks = {quantize_f32, quantize_bf16, vec, expand_s8};
+extern const BlockTable kAvx512Blocks = {quantize_blocks<float, quantize_block<float>>,
+                                         quantize_blocks<uint16_t, quantize_block<uint16_t>>, vec, expand_s8};
 
 }  // namespace kt

@@ -55,20 +55,6 @@ void quantize_block(const T* x, size_t n, BlockActivations* out) {
   out->scale = amax / 127.0f;
 }
 
-template <typename T>
-void quantize_blocks(const T* x, size_t n, int blocks, BlockActivations* out) {
-  for (int block = 0; block < blocks; ++block) {
-    const size_t begin = static_cast<size_t>(block) * kBlockInputs;
-    const size_t left = begin < n ? n - begin : 0;
-    quantize_block(x + begin, left < kBlockInputs ? left : kBlockInputs, out + block);
-  }
-}
-
-void quantize_f32(const float* x, size_t n, int blocks, BlockActivations* out) { quantize_blocks(x, n, blocks, out); }
-void quantize_bf16(const uint16_t* x, size_t n, int blocks, BlockActivations* out) {
-  quantize_blocks(x, n, blocks, out);
-}
-
 // Byte i (0..31) of column col among lines that begin at `lines`.
 inline uint8_t lane_byte(const uint8_t* lines, int col, int i) {
   return lines[(col / 16) * 512 + (i / 4) * 64 + (col % 16) * 4 + i % 4];
@@ -179,6 +165,7 @@ void vec(BlockKind kind, const VecArgs& args) {
 
 }  // namespace
 
-extern const BlockTable kScalarBlocks = {quantize_f32, quantize_bf16, vec, nullptr};
+extern const BlockTable kScalarBlocks = {quantize_blocks<float, quantize_block<float>>,
+                                         quantize_blocks<uint16_t, quantize_block<uint16_t>>, vec, nullptr};
 
 }  // namespace kt

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Set
 
 from kttools.checkpoint import Checkpoint
-from kttools.families import TensorSpec, canonical_tensors
+from kttools.families import Role, TensorSpec, canonical_tensors
+from kttools_runtime.block_formats import BLOCK_FORMATS, BLOCKS_PART
 from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.manifest import Manifest
 from kttools_runtime.pack import read_pack_header
@@ -52,19 +53,22 @@ def _shard_problems(manifest: Manifest, present: Set[str]) -> Iterator[str]:
 def _tensor_problems(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
     """Every tensor of the model is in the shards, whole or as the parts of its format."""
     specs = {spec.name: spec for spec in canonical_tensors(manifest.model)}
-    for base in manifest.linears:
+    for base, format_name in manifest.linears.items():
         spec = specs.get(f"{base}.weight")
-        if spec is None or not spec.role.is_linear:
+        is_kept = spec is not None and spec.role is Role.EMBEDDING and format_name in BLOCK_FORMATS
+        if spec is None or not (spec.role.is_linear or is_kept):
             yield f"linears: {base} is no linear of this model"
     for spec in specs.values():
         base = spec.name.removesuffix(".weight")
-        format_name = manifest.linears.get(base)
-        if format_name in (None, "bf16"):
+        stored = manifest.linears.get(base, "bf16")
+        if stored == "bf16":
             yield from _whole_tensor_problems(spec, checkpoint)
             continue
-        for part in PARTS[format_name]:
+        for part in PARTS[stored]:
             if f"{base}.{part}" not in checkpoint:
-                yield f"shards/: {format_name} linear {base} has no tensor {base}.{part}"
+                yield f"shards/: {stored} linear {base} has no tensor {base}.{part}"
+            elif part == BLOCKS_PART:
+                yield from _block_problems(spec, stored, checkpoint)
 
 
 def _whole_tensor_problems(spec: TensorSpec, checkpoint: Checkpoint) -> Iterator[str]:
@@ -73,3 +77,13 @@ def _whole_tensor_problems(spec: TensorSpec, checkpoint: Checkpoint) -> Iterator
     elif checkpoint.info(spec.name).shape != spec.shape:
         got = list(checkpoint.info(spec.name).shape)
         yield f"shards/: tensor {spec.name}: expected shape {list(spec.shape)}, got {got}"
+
+
+def _block_problems(spec: TensorSpec, format_name: str, checkpoint: Checkpoint) -> Iterator[str]:
+    """That rows of blocks are as many and as long as the model's matrix wants them."""
+    name = f"{spec.name.removesuffix('.weight')}.{BLOCKS_PART}"
+    info = checkpoint.info(name)
+    row_bytes = BLOCK_FORMATS[format_name].row_bytes(spec.shape[-1])
+    if (info.dtype, info.shape) != ("U8", (spec.shape[0], row_bytes)):
+        got = f"{info.dtype} {list(info.shape)}"
+        yield f"shards/: tensor {name}: expected U8 {[spec.shape[0], row_bytes]} of {format_name}, got {got}"

@@ -58,7 +58,9 @@ POSITIVE = click.FloatRange(min=0, min_open=True, max=1e9)
     help="Format of the routed experts [default: as quantize].",
 )
 @click.option(
-    "--gpu-format", type=click.Choice(("int4", "int8", "bf16")), help="Format of the rest [default: int4]."
+    "--gpu-format",
+    type=click.Choice(("int4", "int8", "bf16", "q4_k")),
+    help="Format of the rest [default: as quantize].",
 )
 @options.numa_option
 @click.option("--nodes", type=click.IntRange(1, 16), metavar="N", help="Memory nodes [default: as here].")
@@ -129,13 +131,13 @@ def _report(model: str, path: Any, given: dict[str, Any]) -> Any:
     from kttools.plan.memory import default_cache_len
     from kttools.plan.report import Report
     from kttools.plan.speed import speed
-    from kttools.quantize.recipe import DEFAULT_GPU_FORMAT
     from kttools_runtime.env import default_threads
 
     subject = open_subject(path)
     cpu_format, gpu_format = given["cpu_format"], given["gpu_format"]
     if not subject.is_bundle:
-        cpu_format, gpu_format = cpu_format or subject.default_cpu_format, gpu_format or DEFAULT_GPU_FORMAT
+        cpu_format = cpu_format or subject.default_cpu_format
+        gpu_format = gpu_format or subject.default_gpu_format
     threads = given["cpu_infer"] or default_threads()
     choice = Choice(cpu_format, gpu_format, 1, given["numa"], threads, given["gpu_experts"])
     layout = subject.layout(choice)

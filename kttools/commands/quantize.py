@@ -15,7 +15,7 @@ Examples:
   kttools quantize ./DeepSeek-V3 -o ./deepseek-v3-int8
   kttools quantize ./DeepSeek-V3 -o ./deepseek-v3-int4 --cpu-format int4 --dry-run
   kttools quantize DeepSeek-V3-Q8_0-00001-of-00015.gguf -o ./deepseek-v3-int8
-  kttools quantize DeepSeek-V3-Q4_K_M-00001-of-00009.gguf -o ./deepseek-v3-q4k --cpu-format q4_k
+  kttools quantize DeepSeek-V3-Q4_K_M-00001-of-00009.gguf -o ./deepseek-v3-q4k
 """
 CPU_FORMATS = ("int8", "bf16", "int4", "int4_g32", "int4_g64", "int4_g128", "q4_k")
 
@@ -38,10 +38,9 @@ CPU_FORMATS = ("int8", "bf16", "int4", "int4_g32", "int4_g64", "int4_g128", "q4_
 )
 @click.option(
     "--gpu-format",
-    type=click.Choice(("int4", "int8", "bf16")),
-    default="int4",
-    show_default=True,
-    help="Format of attention, dense and shared MLPs; with int4, head and kv projections are int8.",
+    type=click.Choice(("int4", "int8", "bf16", "q4_k")),
+    help="Format of attention, dense and shared MLPs, head; with int4, head and kv projections are int8; "
+    "q4_k keeps a GGUF file's blocks, as above [default: int4; q4_k for a GGUF file of K-quants].",
 )
 @click.option(
     "--group-size",
@@ -78,7 +77,7 @@ def _run(
     gguf_path: str | None,
     output: Path,
     cpu_format: str | None,
-    gpu_format: str,
+    gpu_format: str | None,
     group_size: str,
     recipe: Path | None,
     workers: int,
@@ -87,7 +86,7 @@ def _run(
     as_json: bool,
 ) -> None:
     from kttools.families import open_model
-    from kttools.quantize.blocks import default_cpu_format
+    from kttools.quantize.blocks import default_cpu_format, default_gpu_format
     from kttools.quantize.plan import make_plan, render_plan
     from kttools.quantize.recipe import make_recipe
     from kttools.quantize.writer import Quantizer
@@ -96,6 +95,7 @@ def _run(
     for line in source.notices:
         options.notice(line)
     cpu_format = cpu_format or default_cpu_format(source)
+    gpu_format = gpu_format or default_gpu_format(source)
     plan = make_plan(source, make_recipe(cpu_format, gpu_format, int(group_size), recipe), workers)
     quantizer = Quantizer(plan, output, force)
     resources = quantizer.resources()

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from kttools.bundle.render import size
 from kttools.families import open_model
-from kttools.quantize.recipe import DEFAULT_GPU_FORMAT
 from kttools_runtime import memory
 from kttools_runtime.env import default_threads
 from kttools_runtime.errors import ResourceError
@@ -23,7 +22,8 @@ def check_loadable(
     """Raises ResourceError, with the nearest plan that fits, when a bundle of the default formats will not
     fit into the RAM that is free; and what reading headers raises. weights: GGUF that replaces source's."""
     subject = SourceSubject(open_model(source, weights))
-    choice = Choice(subject.default_cpu_format, DEFAULT_GPU_FORMAT, 1, numa, threads or default_threads())
+    gpu_format = subject.default_gpu_format
+    choice = Choice(subject.default_cpu_format, gpu_format, 1, numa, threads or default_threads())
     length = cache_len or default_cache_len(subject.layout(choice).config)
     choice = Choice(choice.cpu_format, choice.gpu_format, length, numa, choice.threads)
     need = needs_of(subject, choice, Machine(0, (), 0))

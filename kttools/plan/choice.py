@@ -9,8 +9,9 @@ from typing import Protocol
 from kttools.checkpoint.gguf import is_gguf
 from kttools.families import SourceModel, open_config, open_model
 from kttools.model_source import is_bundle
-from kttools.quantize.blocks import default_cpu_format
+from kttools.quantize.blocks import default_cpu_format, default_gpu_format
 from kttools.quantize.recipe import DEFAULT_GROUP_SIZE
+from kttools.quantize.rules import KEPT_FORMAT
 from kttools_runtime.errors import UsageError
 from kttools_runtime.experts import pack_format
 from kttools_runtime.load_plan import SHORTEST_CACHE
@@ -42,6 +43,7 @@ class Subject(Protocol):
     is_bundle: bool
     notices: list[str]
     default_cpu_format: str | None
+    default_gpu_format: str | None
 
     def layout(self, choice: Choice) -> Layout: ...
 
@@ -51,6 +53,7 @@ class BundleSubject:
 
     is_bundle = True
     default_cpu_format: str | None = None
+    default_gpu_format: str | None = None
 
     def __init__(self, path: Path) -> None:
         self.notices: list[str] = []
@@ -71,6 +74,7 @@ class SourceSubject:
     def __init__(self, source: SourceModel) -> None:
         self.notices = source.notices
         self.default_cpu_format: str | None = default_cpu_format(source)
+        self.default_gpu_format: str | None = default_gpu_format(source)
         self._layout = cache(
             lambda cpu, gpu: source_layout(source, pack_format(cpu), gpu, DEFAULT_GROUP_SIZE)
         )
@@ -134,8 +138,10 @@ def _more_gpus(machine: Machine) -> Iterator[Machine]:
 
 
 def _gpu_formats(name: str | None) -> tuple[str | None, ...]:
-    """This format and the smaller ones."""
-    return (None,) if name is None else GPU_FORMATS[GPU_FORMATS.index(name) :]
+    """This format and the smaller ones; below GGUF's own blocks there is int4."""
+    if name is None:
+        return (None,)
+    return (name, GPU_FORMATS[-1]) if name == KEPT_FORMAT else GPU_FORMATS[GPU_FORMATS.index(name) :]
 
 
 def _cpu_formats(name: str | None) -> tuple[str | None, ...]:

@@ -1,4 +1,4 @@
-"""Experts of a GGUF file kept in its own blocks: the pack formats they become, and the way there."""
+"""Matrices of a GGUF file kept in its own blocks: the formats they become, and the way there."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,11 +7,12 @@ import gguf
 import numpy as np
 
 from kttools.checkpoint.gguf import GgufWeights
-from kttools.families import SourceModel
+from kttools.families import SourceModel, TensorSource
 from kttools_runtime import _kernels
+from kttools_runtime.block_formats import BLOCK_FORMATS, first_bad_scale
 from kttools_runtime.errors import InvalidInputError, KTError
 
-from .recipe import DEFAULT_CPU_FORMAT
+from .recipe import DEFAULT_CPU_FORMAT, DEFAULT_GPU_FORMAT
 from .rules import KEPT_FORMAT
 
 PROJECTIONS = ("gate", "up", "down")
@@ -21,6 +22,10 @@ PROJECTIONS = ("gate", "up", "down")
 KEPT = {"Q4_K": "q4_k", "Q5_K": "q5_k", "Q6_K": "q6_k", "Q8_0": "q8_0"}
 WIDENED = {"Q4_0": "q8_0", "Q5_0": "q8_0", "IQ4_NL": "q8_0"}
 BELOW_INT8 = ("Q4_K", "Q5_K", "Q6_K")
+# Linears beside kept ones that have no blocks we keep: what the file has in floats, or in parts that are put
+# together (attn_k_b and attn_v_b), stays bf16; of other quantised types int8 is the nearest.
+FLOAT_KINDS = ("F32", "F16", "BF16")
+WITHOUT_BLOCKS, OTHER_BLOCKS = "bf16", "int8"
 SCALE_BYTES = 2
 
 
@@ -53,6 +58,62 @@ def default_cpu_format(source: SourceModel) -> str:
     kinds = stored_kinds(source)
     is_kept = kinds <= {*KEPT, *WIDENED} and any(kind in BELOW_INT8 for kind in kinds)
     return KEPT_FORMAT if is_kept else DEFAULT_CPU_FORMAT
+
+
+def default_gpu_format(source: SourceModel) -> str:
+    """KEPT_FORMAT where a linear is stored in blocks smaller than int8 would be; else the usual one."""
+    if not isinstance(source.checkpoint, GgufWeights):
+        return DEFAULT_GPU_FORMAT
+    kinds = [_matrix_kind(tensor) for tensor in source.tensors if tensor.role.is_linear]
+    return KEPT_FORMAT if any(kind in BELOW_INT8 for kind in kinds) else DEFAULT_GPU_FORMAT
+
+
+def linear_format(source: TensorSource, is_ruled: bool) -> str | None:
+    """The format that keeps a matrix's numbers; where none does WITHOUT_BLOCKS or OTHER_BLOCKS for a linear,
+    None (as the source has it) for the embedding.
+
+    is_ruled: a recipe's line asks for it; then InvalidInputError is raised instead.
+    """
+    kind = _matrix_kind(source)
+    found = KEPT.get(kind or "") or WIDENED.get(kind or "")
+    if found is not None and BLOCK_FORMATS[found].row_bytes(source.shape[-1]) is not None:
+        return found
+    if not source.role.is_linear:
+        return None
+    if is_ruled:
+        stored = source.checkpoint.stored(source.info.name).dtype
+        raise InvalidInputError(
+            f"{source.file}: tensor {source.name} is {stored}; {KEPT_FORMAT} keeps the blocks of a GGUF file "
+            f"({', '.join([*KEPT, *WIDENED])}); choose bf16, int8 or int4"
+        )
+    return WITHOUT_BLOCKS if kind is None or kind in FLOAT_KINDS else OTHER_BLOCKS
+
+
+def _matrix_kind(source: TensorSource) -> str | None:
+    checkpoint = source.checkpoint
+    kind = checkpoint.matrix_kind(source.info.name) if isinstance(checkpoint, GgufWeights) else None
+    return kind.name if kind else None
+
+
+def linear_rows(source: TensorSource, begin: int, end: int) -> np.ndarray:
+    """uint8 [end - begin, bytes]: rows of a linear that has a linear_format, in that format.
+
+    Raises InvalidInputError for a scale that is not finite.
+    """
+    checkpoint = source.checkpoint
+    assert isinstance(checkpoint, GgufWeights)
+    kind = checkpoint.matrix_kind(source.info.name)
+    assert kind is not None
+    rows = checkpoint.raw_matrix(source.info.name, begin, end)
+    if kind.name in WIDENED:
+        rows = widened(kind.name, rows.reshape(-1, kind.bytes)).reshape(end - begin, -1)
+    bad = first_bad_scale({**KEPT, **WIDENED}[kind.name], rows)
+    if bad:
+        raise InvalidInputError(
+            f"{source.file}: tensor {source.name}: the scale of the block at {[begin + bad[0], bad[1]]} is "
+            "not a finite number; the checkpoint is damaged, fetch it again"
+        )
+    return rows
 
 
 def kept_format(source: SourceModel, layer: int, expert: int) -> str:

@@ -8,11 +8,12 @@ import torch
 
 from kttools.families import Role, SourceModel
 from kttools_runtime import _kernels
+from kttools_runtime.block_formats import BLOCK_FORMATS
 from kttools_runtime.errors import InvalidInputError
 from kttools_runtime.experts import as_numpy
 from kttools_runtime.pack_writer import PackWriter
 
-from .blocks import pack_blocks, read_blocks
+from .blocks import linear_rows, pack_blocks, read_blocks
 from .plan import ROWS_BYTES, PackPlan
 from .report import BLOCK_ELEMENTS, ErrorSums, TensorError, as_float32, error_sums, expert_errors
 from .shard_layout import ShardTensor
@@ -90,6 +91,10 @@ def split_rows(tensor: ShardTensor) -> list[Rows]:
 def convert_rows(source: SourceModel, rows: Rows, group_size: int, writer: ShardWriter) -> ErrorSums:
     """Reads, quantises and writes some rows. Raises InvalidInputError as convert_expert does."""
     tensor = rows.tensor
+    if tensor.format in BLOCK_FORMATS:
+        blocks = linear_rows(tensor.source, rows.begin, rows.end)
+        writer.write(tensor.parts[0], rows.begin, blocks)
+        return ErrorSums()
     array = kernel_array(tensor.source.read_rows(rows.begin, rows.end), keep_f16=tensor.format is None)
     name = tensor.source.name
     try:

@@ -9,13 +9,15 @@ from typing import Any
 from kttools.bundle.render import size
 from kttools.families import SourceModel
 from kttools_runtime import _kernels
-from kttools_runtime.errors import ResourceError
+from kttools_runtime.block_formats import BLOCK_FORMATS
+from kttools_runtime.errors import InvalidInputError, ResourceError
 from kttools_runtime.pack import PackHeader
 from kttools_runtime.pack_writer import plan_header
 from kttools_runtime.safetensors_file import DTYPES
 
 from .blocks import kept_format
 from .recipe import Recipe
+from .rules import KEPT_FORMAT
 from .shard_layout import ShardFile, index_bytes, shard_files, shard_tensor
 
 # Interpreter, torch and NumPy before the first weight is read: 233 MB measured, the rest is slack.
@@ -140,8 +142,19 @@ def make_plan(source: SourceModel, recipe: Recipe, workers: int = 1) -> Plan:
     experts = [(layer, e) for layer in source.moe_layers for e in range(source.config.n_routed_experts)]
     recipe.check(experts, [tensor.name for tensor in source.tensors if tensor.role.is_linear])
     shards = shard_files(shard_tensor(tensor, recipe) for tensor in source.tensors)
+    _check_kept(source, recipe, shards)
     packs = tuple(_pack_plan(source, layer, recipe) for layer in source.moe_layers)
     return Plan(source, recipe, packs, shards, index_bytes(shards), workers)
+
+
+def _check_kept(source: SourceModel, recipe: Recipe, shards: tuple[ShardFile, ...]) -> None:
+    """Raises InvalidInputError when blocks are to be kept and no linear has any."""
+    formats = {tensor.format for shard in shards for tensor in shard.tensors}
+    if recipe.gpu_format == KEPT_FORMAT and not formats & set(BLOCK_FORMATS):
+        raise InvalidInputError(
+            f"{source.path}: no linear is stored in blocks that --gpu-format {KEPT_FORMAT} could keep (Q4_K, "
+            "Q5_K, Q6_K, Q8_0 of a GGUF file); choose int4, int8 or bf16"
+        )
 
 
 def _pack_plan(source: SourceModel, layer: int, recipe: Recipe) -> PackPlan:
@@ -211,7 +224,8 @@ def render_plan(plan: Plan, resources: Resources) -> str:
     """The plan as text."""
     recipe = plan.recipe
     experts = f"{len(plan.packs)} packs, {_listed(plan.expert_formats) or recipe.cpu_format}"
-    linears = _listed(plan.linear_formats) if recipe.rules else recipe.gpu_format
+    is_mixed = bool(recipe.rules) or recipe.gpu_format == KEPT_FORMAT
+    linears = _listed(plan.linear_formats) if is_mixed else recipe.gpu_format
     shards = f"{len(plan.shards)} shards, {linears}"
     if recipe.gpu_format == "int4":
         shards += f" in groups of {recipe.group_size}"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from kttools.families import Role
-from kttools_runtime.errors import InvalidInputError, UsageError
+from kttools_runtime.errors import UsageError
 
 from .rules import KEPT_FORMAT, Rule, check_all_match, deciding, expert_name, linear_name, read_rules
 
-GPU_FORMATS = ("int4", "int8", "bf16")
+GPU_FORMATS = ("int4", "int8", "bf16", KEPT_FORMAT)
 GROUP_SIZES = (128, 64, 32)
 DEFAULT_CPU_FORMAT = "int8"
 DEFAULT_GPU_FORMAT = "int4"
@@ -60,7 +60,8 @@ EXCEPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What quantize was asked for. cpu_format: a pack format's full name; group_size: of int4 in shards.
+    """What quantize was asked for. cpu_format: a pack format's full name; group_size: of int4 in shards;
+    KEPT_FORMAT of either: the blocks of a GGUF file as they are.
 
     rules: of a recipe file; they come before everything else here.
     """
@@ -101,16 +102,18 @@ class Recipe:
         return int(group) if group else self.group_size
 
     def shard_format(self, name: str, role: Role, shape: tuple[int, ...]) -> str | None:
-        """Format of a shard's linear by its canonical tensor name; None: stored as the source has it."""
+        """Format of a shard's linear by its canonical tensor name; None: stored as the source has it.
+
+        KEPT_FORMAT: whichever keeps the source's blocks (blocks.linear_format).
+        """
+        is_kept = self.gpu_format == KEPT_FORMAT
         if not role.is_linear:
-            return None
+            return KEPT_FORMAT if is_kept and role is Role.EMBEDDING else None
         rule = deciding(self.rules, linear_name(name))
         if rule:
-            if rule.format == KEPT_FORMAT:
-                raise InvalidInputError(
-                    f"{rule.where}: {rule.format} is for experts; {linear_name(name)} is none"
-                )
-            return rule.format.partition("_")[0]
+            return rule.format if rule.format == KEPT_FORMAT else rule.format.partition("_")[0]
+        if is_kept:
+            return KEPT_FORMAT
         if min(shape) < SMALLEST_SIDE:
             return "bf16"
         base = name.removesuffix(".weight")
@@ -118,6 +121,10 @@ class Recipe:
             if exception.instead_of == self.gpu_format and base.endswith(exception.suffix):
                 return exception.format
         return self.gpu_format
+
+    def is_ruled(self, name: str) -> bool:
+        """Whether a rule decides about this linear."""
+        return deciding(self.rules, linear_name(name)) is not None
 
     def to_dict(self) -> dict[str, Any]:
         """What the manifest records."""

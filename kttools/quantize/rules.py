@@ -22,7 +22,7 @@ from kttools_runtime.strict_json import read_bounded
 
 MAX_BYTES = 1 << 20
 MAX_INDEX = 9999
-# The blocks of a GGUF file kept as they are, of whatever kinds it has.
+# The blocks of a GGUF file kept as they are, of whatever kinds it has; of experts and linears.
 KEPT_FORMAT = "q4_k"
 RULE_FORMATS = ("bf16", "int8", "int4", "int4_g32", "int4_g64", "int4_g128", KEPT_FORMAT)
 _NUMBERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")

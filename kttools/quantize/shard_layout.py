@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from kttools.families import TensorSource
 from kttools_runtime import strict_json
+from kttools_runtime.block_formats import BLOCK_FORMATS, BLOCKS_PART
 from kttools_runtime.safetensors_file import DTYPES, LENGTH_BYTES
 from kttools_runtime.weights import check_sum_inputs
 
+from .blocks import linear_format
 from .recipe import Recipe
+from .rules import KEPT_FORMAT
 
 SHARD_BYTES = 4_000_000_000
 HEADER_ALIGNMENT = 64
@@ -73,6 +76,8 @@ class ShardFile:
 def shard_tensor(source: TensorSource, recipe: Recipe) -> ShardTensor:
     """The parts a source tensor is stored as. Raises InvalidInputError for one too wide for its format."""
     format_name = recipe.shard_format(source.name, source.role, source.shape)
+    if format_name == KEPT_FORMAT:
+        format_name = linear_format(source, recipe.is_ruled(source.name))
     base = source.name.removesuffix(".weight")
     if format_name is None:
         return ShardTensor(source, None, (StoredTensor(source.name, source.dtype, source.shape),), 0)
@@ -92,6 +97,8 @@ def _parts(
         return (("weight", "BF16", shape),)
     if format_name == "int8":
         return ("qweight", "I8", shape), ("row_scale", "F32", (rows,))
+    if format_name in BLOCK_FORMATS:
+        return ((BLOCKS_PART, "U8", (rows, BLOCK_FORMATS[format_name].row_bytes(columns) or 0)),)
     groups = -(-columns // group_size)
     return (
         ("qweight", "U8", (rows, groups * group_size // 2)),

@@ -169,6 +169,10 @@ class PackedLinear:
     ) -> PackedLinear:
         """As quantize_int4 returns them."""
 
+    @staticmethod
+    def from_blocks(engine: Engine, format: str, blocks: _U8, in_features: int) -> PackedLinear:
+        """format: q4_k, q5_k, q6_k or q8_0; blocks [N, bytes of a row], as ggml stores them."""
+
     @property
     def out_features(self) -> int: ...
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from .block_formats import BLOCK_FORMATS
 from .config import ModelConfig
 from .footprint import EMBEDDING, StoredTensor
 from .model import DEFAULT_CHUNK_SIZE
@@ -115,7 +116,7 @@ def device_bytes(tensor: StoredTensor, dtype: torch.dtype = torch.bfloat16) -> t
     if dtype == torch.float32 or tensor.format == "bf16":
         return wide, dtype.itemsize * tensor.elements
     rows = tensor.shape[0]
-    if tensor.format == "int8":
+    if tensor.format == "int8" or tensor.format in BLOCK_FORMATS:  # hybrid/linears.py: blocks become int8
         return "int8", tensor.elements + 4 * rows
     codes = tensor.elements // 2
     return "int4", codes + INT4_GROUP_FACTOR * (tensor.bytes - codes - 4 * rows) + 4 * rows

@@ -11,16 +11,17 @@ from math import prod
 import torch
 
 from . import _kernels, attention, gqa
+from .block_formats import BLOCK_FORMATS, BLOCKS_PART
 from .cache import KVCache
 from .config import ModelConfig
+from .embedding import EMBEDDING
 from .model import DEFAULT_CHUNK_SIZE
 from .numa import NumaPlan
 from .safetensors_file import TensorInfo
 from .weights import PARTS
 
-EMBEDDING = "model.embed_tokens.weight"
 STRIP_ROWS = 32  # the kernels pad a matrix to whole strips (csrc/kernels.h, kStripCols)
-STEP_INPUTS = {"bf16": 32, "int8": 64, "int4": 64}  # and its inputs to whole steps
+STEP_INPUTS = {"bf16": 32, "int8": 64, "int4": 64, "q8_0": 64}  # and its inputs to whole steps
 # Measured (torch 2.13 for CPUs, x86-64): what an interpreter with torch and this package takes beyond its own
 # resident memory once a model has run, code paged in on first use and the engine's threads: 6 to 20 MB, less
 # the more had been imported.
@@ -37,7 +38,7 @@ ENGINE_THREAD_BYTES = 3 << 19  # C of a run of strips, with room for huge pages
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of the shards. name: with ".weight"; format: bf16, int8 or int4, None when it is no linear.
+    """One tensor of the shards. name: with ".weight"; format: as the manifest lists it, None: no linear.
 
     bytes: as stored, scales included.
     """
@@ -131,9 +132,11 @@ def stored_tensors(infos: Mapping[str, TensorInfo], linears: Mapping[str, str]) 
         form = linears.get(base)
         if form is None or dot + part not in suffixes:
             found.append(StoredTensor(name, tuple(info.shape), None, info.bytes))
-        elif part in ("weight", "qweight"):
+        elif part in ("weight", "qweight", BLOCKS_PART):
             parts = [infos[f"{base}.{p}"] for p in _parts(form) if f"{base}.{p}" in infos]
             rows, columns = (*info.shape, 1, 1)[:2]
+            if form in BLOCK_FORMATS:
+                columns = BLOCK_FORMATS[form].in_features(columns)
             shape = (rows, 2 * columns if form == "int4" else columns)
             found.append(StoredTensor(f"{base}.weight", shape, form, sum(i.bytes for i in parts)))
     return found
@@ -163,12 +166,15 @@ def packed_bytes(tensor: StoredTensor) -> int:
     rows, columns = tensor.shape
     form = tensor.format or "bf16"
     strips = -(-rows // STRIP_ROWS)
-    step = STEP_INPUTS[form]
+    block = BLOCK_FORMATS.get(form)
+    step = STEP_INPUTS.get(form) or (block.inputs if block else 1)
     inputs = -(-columns // step) * step
     if form == "bf16":
         return strips * STRIP_ROWS * inputs * 2
     if form == "int8":
         return strips * STRIP_ROWS * (inputs + 4)
+    if block:
+        return strips * STRIP_ROWS * ((block.row_bytes(inputs) or 0) + 4)
     per_row = (tensor.bytes - 4 * rows) // max(rows, 1)  # codes, scales and zeros of a row as stored
     return strips * STRIP_ROWS * (per_row * inputs // max(columns, 1) + 4)
 

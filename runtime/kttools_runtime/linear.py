@@ -1,7 +1,8 @@
 """Linear layers: one interface, an implementation per device and stored format.
 
 Everything outside a linear is float32. What a linear rounds is its own input: to bfloat16 for a bf16 matrix,
-to int8 per token for int8 and int4 ones (inside the kernel), to nothing on the float32 reference path.
+to int8 per token for int8 and int4 ones (inside the kernel; for GGUF's blocks and few tokens per 256 inputs),
+to nothing on the float32 reference path.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .block_formats import BLOCKS_PART
 from .mempolicy import interleaved
 from .weights import LinearWeights, WeightSource, stack
 
@@ -159,6 +161,8 @@ def _packed(matrix: LinearWeights, pool: Any) -> Any:
         return PackedLinear.from_bf16(pool, parts["weight"].to(torch.bfloat16).view(torch.uint16).numpy())
     if matrix.format == "int8":
         return PackedLinear.from_int8(pool, parts["qweight"].numpy(), parts["row_scale"].numpy())
+    if matrix.is_blocks:
+        return PackedLinear.from_blocks(pool, matrix.format, parts[BLOCKS_PART].numpy(), matrix.in_features)
     q, scale, zero, row = (
         parts[suffix].numpy() for suffix in ("qweight", "group_scale", "group_zero", "row_scale")
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import strict_json
+from .block_formats import BLOCK_FORMATS
 from .config import ModelConfig
 from .errors import CorruptFileError, InvalidInputError
 
@@ -26,7 +27,7 @@ VERSION = 1
 MAX_MANIFEST_BYTES = 64_000_000
 MAX_PATH_BYTES = 512
 MAX_NAME_BYTES = 255
-LINEAR_FORMATS = ("bf16", "int8", "int4")
+LINEAR_FORMATS = ("bf16", "int8", "int4", *BLOCK_FORMATS)
 MIXED = "mixed"
 # Features a bundle may require of its reader: a reader that does not know one refuses the bundle.
 PARTIAL = "partial"  # packs of some MoE layers are left out

@@ -10,6 +10,7 @@ from torch import Tensor
 from .attention import LatentAttention, Step
 from .cache import KVCache
 from .config import ModelConfig
+from .embedding import Embedding, as_tensor, read_embedding
 from .errors import InvalidInputError, UsageError
 from .gqa import GroupedQueryAttention
 from .layer_stream import LayerStream
@@ -74,7 +75,7 @@ class Model:
         self,
         config: ModelConfig,
         placement: Placement,
-        embedding: Tensor,
+        embedding: Embedding,
         layers: Sequence[DecoderLayer],
         norm: RMSNorm,
         head: Linear,
@@ -263,8 +264,9 @@ def build_model(
     if num_experts is not None and not 1 <= num_experts <= config.num_experts_per_tok:
         raise UsageError(f"num_experts must be in 1..{config.num_experts_per_tok}, got {num_experts}")
     hidden_size = config.hidden_size
-    embedding = placement.source.tensor("model.embed_tokens.weight", (config.vocab_size, hidden_size))
-    embedding = embedding.to(placement.device)
+    embedding = read_embedding(placement.source, config)
+    if placement.device.type != "cpu":
+        embedding = as_tensor(embedding).to(placement.device)
 
     def build(index: int) -> DecoderLayer:
         return build_layer(config, placement, index, experts, num_experts)
@@ -274,7 +276,7 @@ def build_model(
     head: Linear
     if config.tie_word_embeddings:
         # One tensor for both; the kernels' packed form would be a second copy.
-        embedding = embedding.to(placement.dtype)
+        embedding = as_tensor(embedding).to(device=placement.device, dtype=placement.dtype)
         head = TorchLinear(embedding)
     else:
         head = placement.linear(LinearSpec("lm_head", config.vocab_size), hidden_size)

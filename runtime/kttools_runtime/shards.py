@@ -5,12 +5,13 @@ from pathlib import Path
 
 from torch import Tensor, int16
 
+from .block_formats import BLOCK_FORMATS, BLOCKS_PART, first_bad_scale
 from .errors import CorruptFileError
 from .safetensors_file import TensorInfo, read_header, read_tensor
 from .weights import PARTS, LinearWeights
 
 # Name of a format in the manifest -> in weights.PARTS.
-FORMAT_PARTS = {"bf16": "float", "int8": "int8", "int4": "int4"}
+FORMAT_PARTS = {"bf16": "float", "int8": "int8", "int4": "int4", **{name: name for name in BLOCK_FORMATS}}
 GROUP_SIZES = (32, 64, 128)
 # The one text of a shard's header that nothing else depends on; so any flipped bit of a header is noticed.
 METADATA = {"format": "pt"}
@@ -19,9 +20,9 @@ METADATA = {"format": "pt"}
 class ShardWeights:
     """Tensors of several safetensors files by name. Only headers are read until a tensor is asked for.
 
-    formats: the manifest's `linears`, tensor base name -> "bf16" | "int8" | "int4"; what the shards hold must
-    agree. Raises CorruptFileError for a broken or foreign header, a name in two files, or a tensor that is
-    missing or misshapen.
+    formats: the manifest's `linears`, tensor base name -> "bf16" | "int8" | "int4" | a block format; what the
+    shards hold must agree. Raises CorruptFileError for a broken or foreign header, a name in two files, or a
+    tensor that is missing or misshapen.
     """
 
     def __init__(self, files: Iterable[Path], formats: dict[str, str]) -> None:
@@ -45,7 +46,7 @@ class ShardWeights:
         return read_tensor(info)
 
     def linear(self, base: str, out_features: int, in_features: int) -> LinearWeights:
-        """The format is recognised by the suffixes present."""
+        """The format is recognised by the suffixes present; which of the block formats, by the manifest."""
         form = self._format(base)
         parts = {suffix: read_tensor(self._info(f"{base}.{suffix}")) for suffix in PARTS[form]}
         matrix = LinearWeights(base, in_features, form, parts)
@@ -65,6 +66,8 @@ class ShardWeights:
             raise CorruptFileError(
                 f"{file}: {matrix.name}.row_scale holds a value that is not a finite number"
             )
+        if matrix.is_blocks:
+            _check_block_scales(matrix, file)
         if matrix.format != "int4":
             return
         if matrix.group_size not in GROUP_SIZES:
@@ -81,11 +84,15 @@ class ShardWeights:
             )
 
     def _format(self, base: str) -> str:
+        listed = self.formats.get(base)
+        if f"{base}.{BLOCKS_PART}" in self.infos:
+            if listed is None or listed not in BLOCK_FORMATS:
+                raise CorruptFileError(f"{base}: the manifest says {listed}, the shards hold blocks")
+            return listed
         present = [form for form, suffixes in PARTS.items() if self._has_all(base, suffixes)]
         if not present:
             raise CorruptFileError(f"no shard holds {base}.weight in any format; quantize the model again")
         form = present[-1]  # int4's parts include int8's
-        listed = self.formats.get(base)
         if listed is not None and FORMAT_PARTS.get(listed) != form:
             raise CorruptFileError(f"{base}: the manifest says {listed}, the shards hold {form}")
         return form
@@ -98,3 +105,11 @@ class ShardWeights:
         if info is None:
             raise CorruptFileError(f"no shard holds tensor {name}; quantize the model again")
         return info
+
+
+def _check_block_scales(matrix: LinearWeights, file: Path) -> None:
+    bad = first_bad_scale(matrix.format, matrix.parts[BLOCKS_PART].numpy())
+    if bad:
+        raise CorruptFileError(
+            f"{file}: {matrix.name}.{BLOCKS_PART}: the scale of the block at {list(bad)} is not finite"
+        )

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .block_formats import BLOCK_FORMATS, BLOCKS_PART, dequantized
 from .errors import InvalidInputError
 
 # The int8 kernels sum a whole row of products in int32: |activation| <= 127 and |weight| <= 128, for int8 as
@@ -19,6 +20,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "float": ("weight",),
     "int8": ("qweight", "row_scale"),
     "int4": ("qweight", "group_scale", "group_zero", "row_scale"),
+    **dict.fromkeys(BLOCK_FORMATS, (BLOCKS_PART,)),
 }
 _DTYPES: Mapping[str, Mapping[str, tuple[torch.dtype, ...]]] = {
     "float": {"weight": (torch.bfloat16, torch.float16, torch.float32)},
@@ -29,6 +31,7 @@ _DTYPES: Mapping[str, Mapping[str, tuple[torch.dtype, ...]]] = {
         "group_zero": (torch.uint8,),
         "row_scale": (torch.float32,),
     },
+    **{name: {BLOCKS_PART: (torch.uint8,)} for name in BLOCK_FORMATS},
 }
 
 
@@ -47,7 +50,7 @@ class LinearWeights:
     """One matrix [out_features, in_features] in parts (see PARTS); every part has out_features rows.
 
     int8: w = row_scale * q.  int4: w = row_scale * (group_scale * q - group_zero), q the low nibble for even
-    inputs and the high nibble for odd ones, rows padded to whole groups.
+    inputs and the high nibble for odd ones, rows padded to whole groups.  Block formats: ggml's rows.
     """
 
     name: str
@@ -73,6 +76,8 @@ class LinearWeights:
         rows = next(iter(self.parts.values())).shape[0]
         if suffix == "row_scale":
             expected: tuple[int, ...] = (rows,)
+        elif self.is_blocks:
+            expected = (rows, BLOCK_FORMATS[self.format].row_bytes(self.in_features) or 0)
         elif self.format != "int4":
             expected = (rows, self.in_features)
         elif suffix == "qweight":
@@ -83,6 +88,10 @@ class LinearWeights:
             raise InvalidInputError(
                 f"{self.name}.{suffix}: expected shape {expected}, got {tuple(part.shape)}"
             )
+
+    @property
+    def is_blocks(self) -> bool:
+        return self.format in BLOCK_FORMATS
 
     @property
     def out_features(self) -> int:
@@ -110,6 +119,8 @@ class LinearWeights:
         """[out_features, in_features]: float32 for a quantised matrix, else the tensor as stored."""
         if self.format == "float":
             return self.parts["weight"]
+        if self.is_blocks:
+            return dequantized(self.format, self.parts[BLOCKS_PART])
         row_scale = self.parts["row_scale"][:, None]
         if self.format == "int8":
             return self.parts["qweight"].to(torch.float32) * row_scale

@@ -162,7 +162,7 @@ ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         change("experts", "3", "formats", to=["int4_g32"] * NUM_EXPERTS),
         "experts.3: formats are for a mixed pack only",
     ),
-    "linear format": (change("linears", "lm_head", to="int3"), "expected bf16, int8, int4, got 'int3'"),
+    "linear format": (change("linears", "lm_head", to="int3"), "int4, q4_k, q5_k, q6_k, q8_0, got 'int3'"),
     "linear format a list": (change("linears", "lm_head", to=[]), "expected bf16, int8, int4"),
     "files an object": (change("files", to={}), "files must be a list of path"),
     "file of odd keys": (change("files", 0, "size", to=1), "files must be a list of path"),

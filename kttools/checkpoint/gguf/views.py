@@ -81,9 +81,17 @@ class Interleaved:
         return (self.tensor,)
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
-        values = read_rows(self.tensor, 0, self.shape[0])
-        pairs = values.view(self.heads, self.shape[0] // self.heads // 2, 2, *self.shape[1:])
-        return pairs.transpose(1, 2).reshape(self.shape)[begin:end].clone()
+        return read_rows(self.tensor, 0, self.shape[0])[self._stored_rows(begin, end)]
+
+    def raw_rows(self, begin: int, end: int) -> np.ndarray:
+        """uint8 [end - begin, bytes of a row]: the stored bytes of rows of a matrix."""
+        data = read_bytes(self.tensor, 0, self.shape[0]).reshape(self.shape[0], -1)
+        return data[self._stored_rows(begin, end).numpy()]
+
+    def _stored_rows(self, begin: int, end: int) -> torch.Tensor:
+        """Where the file has rows [begin, end)."""
+        places = torch.arange(self.shape[0]).view(self.heads, self.shape[0] // self.heads // 2, 2)
+        return places.transpose(1, 2).reshape(-1)[begin:end]
 
 
 @dataclass(frozen=True, slots=True)

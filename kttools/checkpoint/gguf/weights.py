@@ -101,6 +101,22 @@ class GgufWeights:
         rows = view.tensor.shape[0] * (view.tensor.shape[1] if len(view.tensor.shape) > 2 else 1)
         return view.tensor.kind, read_bytes(view.tensor, 0, rows)
 
+    def matrix_kind(self, name: str) -> GgmlType | None:
+        """The type of a matrix whose rows the file has, perhaps in another order than the hub; else None."""
+        view = self._view(name)
+        if not isinstance(view, (Whole, Interleaved)) or len(view.tensor.shape) != 2:
+            return None
+        return view.tensor.kind
+
+    def raw_matrix(self, name: str, begin: int, end: int) -> np.ndarray:
+        """uint8 [end - begin, bytes of a row]: rows of a matrix that has a matrix_kind, undecoded."""
+        view = self._view(name)
+        if isinstance(view, Interleaved):
+            return view.raw_rows(begin, end)
+        if not isinstance(view, Whole):
+            raise InvalidInputError(f"{view.parts[0].file}: tensor {name} is stored in another layout")
+        return read_bytes(view.tensor, begin, end).reshape(end - begin, -1)
+
     def _view(self, name: str) -> View:
         try:
             return self._views[name]

@@ -1,8 +1,8 @@
 """Linears on a device, straight from a shard's codes: packed int4, int8, or bfloat16.
 
-int4 of a shard is row_scale * (s q - z) with small integers s and z. They are exact in bfloat16, so that the
-packed product (torch's own, which takes a scale and a zero for each group) sees the true weights, and the
-row's float32 scale is applied to its result.
+GGUF's blocks become int8. int4 of a shard is row_scale * (s q - z) with small integers s and z. They are
+exact in bfloat16, so that the packed product (torch's own, which takes a scale and a zero for each group) sees
+the true weights, and the row's float32 scale is applied to its result.
 """
 
 import functools
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kttools_runtime import env
+from kttools_runtime import _kernels, env
+from kttools_runtime.block_formats import BLOCKS_PART, dequantized
 from kttools_runtime.device_footprint import EXPANDED_BYTES
 from kttools_runtime.errors import UsageError
 from kttools_runtime.linear import Linear, TorchLinear
@@ -160,6 +161,21 @@ class CodesLinear:
         return expand_int4(q, scale, zero, self.dtype)[:, : self.in_features]
 
 
+def as_int8(matrix: LinearWeights) -> LinearWeights:
+    """A matrix of blocks as int8 with a scale for each row: half of bfloat16, and kernels for it exist.
+
+    Some rows at a time, so that no whole matrix is ever held in float32.
+    """
+    step = max(1, EXPANDED_BYTES // (4 * matrix.in_features))
+    codes = torch.empty(matrix.out_features, matrix.in_features, dtype=torch.int8)
+    row_scale = torch.empty(matrix.out_features)
+    for first in range(0, matrix.out_features, step):
+        rows = slice(first, first + step)
+        values = dequantized(matrix.format, matrix.parts[BLOCKS_PART][rows])
+        codes[rows], row_scale[rows] = map(torch.from_numpy, _kernels.quantize_int8(values.numpy()))
+    return LinearWeights(matrix.name, matrix.in_features, "int8", {"qweight": codes, "row_scale": row_scale})
+
+
 def linear_maker(
     device: torch.device, dtype: torch.dtype
 ) -> Callable[[LinearWeights, Tensor | None], Linear]:
@@ -179,6 +195,8 @@ def linear_maker(
     def make(matrix: LinearWeights, bias: Tensor | None) -> Linear:
         if matrix.format == "float" or dtype == torch.float32 or kind == "dense":
             return TorchLinear(matrix.dequantized().to(device=device, dtype=dtype), bias)
+        if matrix.is_blocks:
+            matrix = as_int8(matrix)
         is_packed = matrix.format == "int4" and PackedInt4Linear.takes(matrix, device)
         chosen = kind if kind != "auto" else _fastest(matrix.format, is_packed, device)
         is_packed = is_packed and chosen == "packed"

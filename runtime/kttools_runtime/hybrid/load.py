@@ -4,6 +4,7 @@ import torch
 
 from kttools_runtime import _kernels, env
 from kttools_runtime.device_footprint import DeviceFootprint, device_footprints
+from kttools_runtime.embedding import as_tensor, read_embedding
 from kttools_runtime.errors import HardwareError, UnsupportedModelError
 from kttools_runtime.experts import ExpertEngine
 from kttools_runtime.footprint import stored_tensors
@@ -54,11 +55,11 @@ def load_hybrid(
         build_layer(config, placements[placed[index]], index, experts, num_experts)
         for index in range(config.num_hidden_layers)
     ]
-    embedding = shards.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    embedding = read_embedding(shards, config)
     last = placements[placed[-1]]
     head: Linear
     if config.tie_word_embeddings:
-        head = TorchLinear(embedding.to(device=last.device, dtype=dtype))
+        head = TorchLinear(as_tensor(embedding).to(device=last.device, dtype=dtype))
     else:
         head = last.linear(LinearSpec("lm_head", config.vocab_size), config.hidden_size)
     courier = Courier(env.engine_timeout_s())

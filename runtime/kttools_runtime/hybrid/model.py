@@ -10,6 +10,7 @@ from torch import Tensor
 from kttools_runtime.attention import Step
 from kttools_runtime.cache import KVCache
 from kttools_runtime.config import ModelConfig
+from kttools_runtime.embedding import Embedding
 from kttools_runtime.errors import InvalidInputError, UsageError
 from kttools_runtime.linear import Linear, Placement
 from kttools_runtime.mlp import GatedMLP
@@ -38,7 +39,7 @@ class HybridModel(Model):
         self,
         config: ModelConfig,
         placements: Sequence[Placement],
-        embedding: Tensor,
+        embedding: Embedding,
         layers: Sequence[DecoderLayer],
         norm: RMSNorm,
         head: Linear,
