@@ -135,10 +135,8 @@ def medians(calls: list[Callable[[], object]], rounds: int) -> list[float]:
     return [statistics.median(own) / 1000 for own in times]
 
 
-def measure(name: str, context: int, options: argparse.Namespace) -> None:
-    shape = SHAPES[name]
-    layer = make_layer(shape, options.threads)
-    config = layer.attention.config
+def measure(name: str, layer: DecoderLayer, context: int, rounds: int) -> None:
+    shape, config = SHAPES[name], layer.attention.config
     cache = torch.randn(context, config.cache_width).to(torch.bfloat16)
     step = Step(context - 1, 1, Rope(config, torch.device("cpu")).rotations(context - 1, 1))
     hidden = torch.randn(1, shape.hidden_size)
@@ -151,7 +149,7 @@ def measure(name: str, context: int, options: argparse.Namespace) -> None:
         if layer.native is None or not layer.native.attend(hidden.clone(), step, cache):
             raise SystemExit("the native step did not run")
 
-    torch_us, native_us = medians([modules, native], options.rounds)
+    torch_us, native_us = medians([modules, native], rounds)
     megabytes = min(context, shape.window or context) * config.cache_width * 2 / 1e6
     columns = [name, str(context), f"{megabytes:.1f}", f"{torch_us:.0f}", f"{native_us:.0f}"]
     print("| " + " | ".join([*columns, f"{torch_us / native_us:.2f}"]) + " |", flush=True)
@@ -168,8 +166,9 @@ def main() -> None:
     print("| shape | context | cache read, MB | torch us | native us | ratio |\n|--|--|--|--|--|--|")
     with torch.inference_mode():
         for name in options.shape.split(","):
+            layer = make_layer(SHAPES[name], options.threads)
             for context in options.context.split(","):
-                measure(name, int(context), options)
+                measure(name, layer, int(context), options.rounds)
 
 
 if __name__ == "__main__":

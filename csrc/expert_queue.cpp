@@ -95,9 +95,9 @@ ExpertQueue::Stats ExpertQueue::stats() {
   return stats_;
 }
 
-void ExpertQueue::inject(double delay_s, const std::string& error) {
+void ExpertQueue::inject(double delay_s, const std::string& error, int skipped) {
   std::lock_guard<std::mutex> lock(mutex_);
-  fault_ = {delay_s, error};
+  fault_ = {delay_s, error, skipped};
 }
 
 void ExpertQueue::run() {
@@ -117,7 +117,11 @@ void ExpertQueue::run() {
 
 void ExpertQueue::compute(ExpertCall& call, std::unique_lock<std::mutex>& lock) {
   Fault fault;
-  std::swap(fault, fault_);
+  if (fault_.skipped > 0) {
+    --fault_.skipped;
+  } else {
+    std::swap(fault, fault_);
+  }
   lock.unlock();
   const auto start = Clock::now();
   std::string error;

@@ -64,13 +64,14 @@ class ExpertQueue {
   std::string take_error();
   Stats stats();
 
-  // For tests: the next call takes so much longer, or fails with this message.
-  void inject(double delay_s, const std::string& error);
+  // For tests: the next call, or the one that many behind it, takes so much longer, or fails with this message.
+  void inject(double delay_s, const std::string& error, int skipped = 0);
 
  private:
   struct Fault {
     double delay_s = 0;
     std::string error;
+    int skipped = 0;
   };
 
   void run();

@@ -125,7 +125,7 @@ void bind_hybrid(py::module_& m) {
            py::arg("timeout_s"))
       .def("wait_idle", &ExpertQueue::wait_idle, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("take_error", &ExpertQueue::take_error)
-      .def("inject", &ExpertQueue::inject, py::arg("delay_s") = 0.0, py::arg("error") = "")
+      .def("inject", &ExpertQueue::inject, py::arg("delay_s") = 0.0, py::arg("error") = "", py::arg("skipped") = 0)
       .def_property_readonly("stats", &stats_of);
 
   py::class_<BoundCall>(m, "ExpertCall")

@@ -182,6 +182,25 @@ def _disk(report: Report, _: Path) -> dict[str, Any]:
     }
 
 
+def _ceilings(_: Report, __: Path) -> dict[str, Any]:
+    """What `plan` or `bench experts` measured here and remembers; nothing is measured for this report."""
+    try:
+        from kttools.plan.ceilings import remembered
+    except ImportError:  # no extension, which its own section reports
+        return {"measured": []}
+    return {
+        "measured": [
+            {
+                "with": key,
+                "gb_s": round(entry.ceilings.bandwidth_bytes_s / 1e9, 1),
+                "tops": round(entry.ceilings.compute_ops_s / 1e12, 2),
+                "when": entry.source,
+            }
+            for key, entry in remembered().items()
+        ]
+    }
+
+
 def _gpu(report: Report, _: Path) -> dict[str, Any]:
     driver = nvidia_smi()
     facts: dict[str, Any] = {"driver": driver, "torch_cuda": None, "devices": []}
@@ -218,6 +237,7 @@ SECTIONS: dict[str, Callable[[Report, Path], dict[str, Any]]] = {
     "memory": _memory,
     "numa": _numa,
     "disk": _disk,
+    "ceilings": _ceilings,
     "gpu": _gpu,
 }
 

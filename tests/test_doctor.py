@@ -154,3 +154,30 @@ def test_the_command_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None
     text = capsys.readouterr().out
     assert "kernels:" in text
     assert "scalar: runs here" in text
+
+
+def test_what_plan_and_bench_measured_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One cached measurement: bench experts keeps its ceilings, plan recalls them, doctor shows them."""
+    import torch
+
+    from kttools.bench import experts
+    from kttools.bench.shapes import LayerShape
+    from kttools.plan import ceilings
+    from kttools_runtime.experts import ExpertEngine
+
+    monkeypatch.setattr(ceilings, "cache_dir", lambda: tmp_path)
+    assert doctor.examine().sections["ceilings"] == {"measured": []}
+    plan = experts.Plan(LayerShape("tiny", 128, 64, 6, 3), "int8", (1,), 2)
+    monkeypatch.setattr(experts, "LEAST_PROBE_BYTES", 1 << 20)
+    torch.set_num_threads(1)
+    experts.run(ExpertEngine(1), plan, notice=lambda _: None)
+    assert not ceilings.remembered()  # 1 MiB may lie in a cache
+    monkeypatch.setattr(experts, "PROBE_BYTES", 1 << 20)
+    experts.run(ExpertEngine(1), plan, notice=lambda _: None)
+    mode = next(iter(ceilings.remembered())).split("; ")[1].removeprefix("numa ")
+    found = ceilings.recall(ceilings.machine_key(1, mode, "int8"))
+    assert found is not None
+    (row,) = doctor.examine().sections["ceilings"]["measured"]
+    assert row["gb_s"] == round(found.ceilings.bandwidth_bytes_s / 1e9, 1) > 0
+    assert "measured here on" in row["when"]
+    assert cli.main(["doctor"]) == 0

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kttools.plan.ceilings import machine_key, remember
+from kttools_runtime._kernels import available_isas, numa_nodes
 from kttools_runtime.experts import ExpertEngine
 
 from .kt_peer import KtKernelPeer
@@ -16,6 +18,8 @@ from .shapes import LayerShape
 
 # Memory that no cache holds (server parts have up to 480 MiB of L3); a smaller layer cannot be the yardstick.
 LEAST_PROBE_BYTES = 2 << 30
+# What is measured over less is not kept for `plan` and `doctor`.
+PROBE_BYTES = 1 << 30
 # Between two engines: the idle workers of one sleep before the other starts (kt-kernel's spin 50 ms).
 SETTLE_SECONDS = 0.06
 
@@ -130,7 +134,8 @@ def run(
     if memory.nbytes < LEAST_PROBE_BYTES:
         memory = huge_memory(LEAST_PROBE_BYTES)
         memory[:] = 1
-    log = CeilingLog(engine.native, memory, "bf16" if plan.format == "bf16" else "int8")
+    compute_format = "bf16" if plan.format == "bf16" else "int8"
+    log = CeilingLog(engine.native, memory, compute_format)
     log.measure()
     rows: list[Row] = []
     for num_tokens in plan.tokens:
@@ -140,7 +145,17 @@ def run(
         mine, theirs = _alternate(ours, peer, num_tokens, repeat, log)
         log.measure()
         rows.extend(_rows(engine, plan, ours, log, num_tokens, mine, theirs, peer))
+    if memory.nbytes >= PROBE_BYTES and engine.isa == available_isas()[0]:
+        _keep(log, engine.threads, compute_format)
     return rows
+
+
+def _keep(log: CeilingLog, threads: int, compute_format: str) -> None:
+    """The median for `plan` and `doctor`. On one memory node every mode of placing experts is the same."""
+    mode = "auto" if len(numa_nodes()) == 1 else "off"
+    bandwidth = statistics.median(entry.bandwidth_bytes_s for entry in log.entries)
+    compute = statistics.median(entry.compute_ops_s for entry in log.entries)
+    remember(machine_key(threads, mode, compute_format), Ceilings(0.0, bandwidth, compute))
 
 
 def _alternate(

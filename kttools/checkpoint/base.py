@@ -5,9 +5,10 @@ A tensor has two descriptions. `info` is what a read delivers (bf16, f16 or f32 
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -72,3 +73,35 @@ class Weights(Protocol):
     def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Rows [begin, end) of the leading dimension; the rest is not read where the format allows it."""
         ...
+
+
+Plain = TypeVar("Plain", bound=Weights)
+
+
+class WeightsView(Generic[Plain]):
+    """The files of another checkpoint under other names: what is the same for every way to read them.
+
+    A subclass sets `_names`, all that it offers, before it is used.
+    """
+
+    _names: Collection[str]
+
+    def __init__(self, plain: Plain) -> None:
+        self._plain = plain
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._plain.files
+
+    @property
+    def index_file(self) -> Path | None:
+        return self._plain.index_file
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -6,7 +6,6 @@ quantization_config.weight_block_size of config.json. Stacked experts have one m
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from kttools_runtime import _kernels
 from kttools_runtime.errors import CorruptFileError, InvalidInputError, UnsupportedModelError
 from kttools_runtime.safetensors_file import TensorInfo
 
-from .base import DecodedInfo, Info, Stored
+from .base import DecodedInfo, Info, Stored, WeightsView
 from .safetensors import Checkpoint
 
 SCALE_SUFFIX = "_scale_inv"
@@ -62,14 +61,14 @@ def read_quantization_config(value: Any, where: str) -> BlockFormat | None:
     return BlockFormat(*block)
 
 
-class Fp8Checkpoint:
+class Fp8Checkpoint(WeightsView[Checkpoint]):
     """A safetensors checkpoint whose FP8 tensors read as bf16; scales belong to their codes and are hidden.
 
     Raises CorruptFileError when codes lack their scales, scales their codes, or shapes do not fit.
     """
 
     def __init__(self, plain: Checkpoint, block: BlockFormat) -> None:
-        self._plain = plain
+        super().__init__(plain)
         self._block = block
         self._scales = {
             name: scale for name in plain.names() if (scale := self._scale_of(plain.info(name))) is not None
@@ -80,24 +79,7 @@ class Fp8Checkpoint:
                 owner = name.removesuffix(SCALE_SUFFIX)
                 problem = f"tensor {name!r:.200} has no {CODE_DTYPE} tensor {owner!r:.200} it belongs to"
                 raise CorruptFileError(f"{plain.info(name).file}: {problem}")
-        self._names = [name for name in plain.names() if name not in hidden]
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._plain.files
-
-    @property
-    def index_file(self) -> Path | None:
-        return self._plain.index_file
-
-    def names(self) -> list[str]:
-        return list(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._plain and not str(name).endswith(SCALE_SUFFIX)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        self._names = dict.fromkeys(name for name in plain.names() if name not in hidden)
 
     def info(self, name: str) -> Info:
         """Raises InvalidInputError for a name the checkpoint does not have."""

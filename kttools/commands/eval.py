@@ -15,6 +15,7 @@ Examples:
   kttools eval ./bundle --data code=jsonl:code.jsonl#text --reference ./bundle-bf16
   kttools eval ./bundle-bf16 --data jsonl:text.jsonl --write-reference full.ktref
   kttools eval ./bundle --reference full.ktref
+  kttools eval ./bundle --device cuda:0 --defer-up-to 4 --data jsonl:text.jsonl
 """
 
 
@@ -33,6 +34,12 @@ Examples:
 )
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens at a time.")
 @click.option("--tokens", type=click.IntRange(2), metavar="N", help="At most N tokens of each domain.")
+@click.option(
+    "--defer-up-to",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="What --defer-experts 1 to N cost, against the same model without; needs --device.",
+)
 @click.option("--dtype", type=click.Choice(("float32", "bfloat16")), help="Of MODEL; a reference is float32.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @options.cpu_infer_option
@@ -59,6 +66,11 @@ def _check(given: dict[str, Any]) -> None:
         raise UsageError("a reference file brings its own text: leave out --data")
     if not is_file and not given["data"]:
         raise UsageError("--data is missing: the text to predict, for example --data jsonl:FILE#text")
+    if given["defer_up_to"] is not None and (reference or target or given["defer_experts"]):
+        raise UsageError(
+            "--defer-up-to compares with MODEL itself: leave out --reference, --write-reference and"
+            " --defer-experts"
+        )
     if target is not None and reference is not None:
         raise UsageError("--write-reference writes MODEL's own predictions: leave out --reference")
     if target is not None and target.exists() and not given["force"]:
@@ -68,7 +80,7 @@ def _check(given: dict[str, Any]) -> None:
 def _run(model_name: str, given: dict[str, Any]) -> None:
     import kttools_runtime as kt
     from kttools.chat.launch import quantise_in_cache
-    from kttools.eval import run
+    from kttools.eval import deferral, run
     from kttools.eval.reference_file import read_reference
     from kttools.eval.windows import read_windows
     from kttools.model_source import ensure_bundle, resolve_model
@@ -77,14 +89,17 @@ def _run(model_name: str, given: dict[str, Any]) -> None:
     file = read_reference(Path(reference)) if reference and Path(reference).is_file() else None
     bundle = ensure_bundle(resolve_model(model_name), quantise_in_cache)
     is_checked = not given["overcommit"]
-    model = kt.load(
+    model: Any = kt.load(
         bundle,
         dtype=given["dtype"],
         threads=given["cpu_infer"],
         isa=given["isa"],
         cache_len=given["window"],
         check_memory=is_checked,
-        **options.device_arguments(given),
+        **{
+            **options.device_arguments(given),
+            "defer_experts": given["defer_up_to"] or given["defer_experts"],
+        },
     )
     with ByteProgress("eval", is_quiet=options.settings().quiet) as progress:
         if file is not None:
@@ -94,6 +109,11 @@ def _run(model_name: str, given: dict[str, Any]) -> None:
         else:
             windows = read_windows(given["data"], model.tokenizer, given["window"], given["tokens"])
             progress.start(sum(window.predicted for window in windows))
+            if given["defer_up_to"] is not None:
+                _print_sweep(
+                    model_name, deferral.sweep(model, windows, given["defer_up_to"], progress.advance), given
+                )
+                return
             if given["write_reference"] is not None:
                 _write(model, model_name, windows, given, progress)
                 return
@@ -110,6 +130,19 @@ def _run(model_name: str, given: dict[str, Any]) -> None:
                 run.check_vocabularies(model.config.vocab_size, other.config.vocab_size, reference)
             tally = run.evaluate(model, windows, other, progress.advance)
     _print(model_name, reference, file.top_k if file else None, tally, given["as_json"])
+
+
+def _print_sweep(model: str, tallies: Any, given: dict[str, Any]) -> None:
+    from kttools.eval.deferral import as_text
+
+    if not given["as_json"]:
+        click.echo(as_text(tallies))
+        return
+    rows = [
+        {"defer_experts": count, "scores": [score.to_dict() for score in tally.scores()]}
+        for count, tally in tallies.items()
+    ]
+    click.echo(json.dumps({"model": model, "reference": model, "deferral": rows}, indent=1))
 
 
 def _write(model: Any, name: str, windows: Any, given: dict[str, Any], progress: ByteProgress) -> None:

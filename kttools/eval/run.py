@@ -28,8 +28,8 @@ def evaluate(
     tally = Tally()
     for window in windows:
         targets = torch.tensor(window.token_ids[1:])
-        log_p = _log_probs(reference, window) if reference else None
-        tally.add(window.domain, window.document, compare(_log_probs(model, window), log_p, targets))
+        log_p = log_probs(reference, window) if reference else None
+        tally.add(window.domain, window.document, compare(log_probs(model, window), log_p, targets))
         on_window(window.predicted)
     return tally
 
@@ -38,7 +38,7 @@ def evaluate_against_file(model: Predictor, reference: Reference, on_window: OnW
     """The same against what a reference file holds; the file's own tokens are predicted."""
     tally = Tally()
     for window, answer in zip(reference.windows, reference.answers(), strict=True):
-        scores = answer.compare(_log_probs(model, window), torch.tensor(window.token_ids[1:]))
+        scores = answer.compare(log_probs(model, window), torch.tensor(window.token_ids[1:]))
         tally.add(window.domain, window.document, scores)
         on_window(window.predicted)
     return tally
@@ -48,7 +48,7 @@ def answers_of(model: Predictor, windows: Iterable[Window], top_k: int, on_windo
     """What a reference file keeps of the model's predictions."""
     answers = []
     for window in windows:
-        answers.append(answer_of(_log_probs(model, window), torch.tensor(window.token_ids[1:]), top_k))
+        answers.append(answer_of(log_probs(model, window), torch.tensor(window.token_ids[1:]), top_k))
         on_window(window.predicted)
     return answers
 
@@ -59,6 +59,6 @@ def check_vocabularies(model_size: int, reference_size: int, where: str) -> None
         raise InvalidInputError(f"{where}: vocab_size {reference_size}, the model has {model_size}")
 
 
-def _log_probs(model: Predictor, window: Window) -> Tensor:
+def log_probs(model: Predictor, window: Window) -> Tensor:
     """[T - 1, vocab_size]: row t predicts token t + 1."""
     return torch.log_softmax(model.logits(window.token_ids).float()[:-1], dim=-1).cpu()

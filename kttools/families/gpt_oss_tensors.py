@@ -7,11 +7,10 @@ outputs].
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from kttools.checkpoint.base import DecodedInfo, Info, Stored, Weights
+from kttools.checkpoint.base import DecodedInfo, Info, Stored, Weights, WeightsView
 from kttools.checkpoint.mxfp4 import check_pair, decode_mxfp4
 from kttools_runtime.errors import CorruptFileError
 
@@ -32,35 +31,19 @@ class _Part:
     is_transposed: bool
 
 
-class GptOssWeights:
+class GptOssWeights(WeightsView[Weights]):
     """A safetensors checkpoint under the names of the tables; what is no expert's keeps its own name."""
 
     def __init__(self, plain: Weights) -> None:
-        self._plain = plain
+        super().__init__(plain)
         self._parts: dict[str, _Part] = {}
+        self._names = self._parts
         names = set(plain.names())
         for name in names:
             self._add(name)
         for name in names:
             if name.endswith(SCALES) and name.removesuffix(SCALES) + BLOCKS not in names:
                 raise CorruptFileError(f"{plain.info(name).file}: tensor {name!r:.200} has no blocks")
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._plain.files
-
-    @property
-    def index_file(self) -> Path | None:
-        return self._plain.index_file
-
-    def names(self) -> list[str]:
-        return list(self._parts)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parts
-
-    def __len__(self) -> int:
-        return len(self._parts)
 
     def info(self, name: str) -> Info:
         """Raises InvalidInputError for a name the checkpoint does not have."""

@@ -1,6 +1,7 @@
 """Where the ceilings of a roofline come from: given, measured now, remembered, or assumed; each says which.
 
-What was measured on this machine is kept in the cache directory, so that a plan need not measure again.
+What `plan` or `bench experts` measured on this machine is kept in the cache directory, so that a plan need
+not measure again and `doctor` can show it.
 """
 
 import contextlib
@@ -66,6 +67,13 @@ def recall(key: str, file: Path | None = None) -> Sourced | None:
         return None
     when = time.strftime("measured here on %Y-%m-%d", time.localtime(entry[0]))
     return Sourced(Ceilings(0.0, entry[1], entry[2]), when, when)
+
+
+def remembered(file: Path | None = None) -> dict[str, Sourced]:
+    """What was measured on this CPU in the last 30 days, by "threads; numa; arithmetic"."""
+    path, cpu = file or cache_dir() / FILE_NAME, f"{_cpu_name()}; "
+    found = {key: recall(key, path) for key in sorted(_read(path)) if key.startswith(cpu)}
+    return {key.removeprefix(cpu): entry for key, entry in found.items() if entry is not None}
 
 
 def machine_key(threads: int, numa: str, compute_format: str) -> str:

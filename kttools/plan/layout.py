@@ -60,6 +60,12 @@ class Layout:
         return total * config.num_experts_per_tok // config.n_routed_experts
 
     @property
+    def bytes_by_format(self) -> dict[str, int]:
+        """Of the packs' experts, by name; the packs' headers are not among them."""
+        names = [name for formats in self.expert_formats.values() for name in formats]
+        return {name: names.count(name) * self.expert_bytes(name) for name in sorted(set(names))}
+
+    @property
     def hot_expert_bytes(self) -> int:
         """Of one routed expert on a GPU, the largest that occurs; 0 without any."""
         shape = (self.config.hidden_size, self.config.moe_intermediate_size)

@@ -100,6 +100,7 @@ def to_dict(report: Report) -> dict[str, Any]:
             "shards": layout.shard_bytes,
             "tokenizer": layout.tokenizer_bytes,
         },
+        "expert_format_bytes": layout.bytes_by_format,
         "ram_bytes": {
             "total": need.ram_total,
             "experts_mapped": ram.experts,
@@ -222,7 +223,7 @@ def _ram_rows(report: Report) -> Rows:
     dense = "embedding, looked up by row" if need.devices else "repacked for the kernels"
     rows = [
         ("RAM", f"{size(need.ram_total)} of {limit}: {'fits' if is_enough else 'does not fit'}"),
-        ("  expert packs", f"{size(ram.experts)} mapped, page cache"),
+        ("  expert packs", f"{size(ram.experts)} mapped, page cache: {_formats(report.layout)}"),
     ]
     if ram.copies:
         rows.append(("  expert copies", f"{size(ram.copies)}, one a node"))
@@ -235,6 +236,10 @@ def _ram_rows(report: Report) -> Rows:
         ("  process", f"{size(need.process)} (libraries, tokenizer)"),
         (f"  NUMA {ram.numa.mode}", nodes),
     ]
+
+
+def _formats(layout: Layout) -> str:
+    return ", ".join(f"{name} {size(count)}" for name, count in layout.bytes_by_format.items())
 
 
 def _device_rows(report: Report) -> Rows:

@@ -319,7 +319,7 @@ class ExpertQueue:
     def take_error(self) -> str:
         """What went wrong first since the last time; empty: nothing."""
 
-    def inject(self, delay_s: float = 0.0, error: str = "") -> None:
+    def inject(self, delay_s: float = 0.0, error: str = "", skipped: int = 0) -> None:
         """For tests: the next call takes longer, or fails."""
 
     @property

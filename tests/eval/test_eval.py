@@ -234,3 +234,30 @@ def test_command(
     assert main(["eval", str(nano_bundle)]) == 2
     assert main(["eval", str(nano_bundle), "--reference", str(target), "--quiet", "-t", "1"]) == 0
     assert "best 64 ids and all others as one" in capsys.readouterr().out
+
+
+def test_the_price_of_deferral(
+    nano_bundle_bf16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each row is what --defer-experts gives against the model without; more deferred cost more."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"the {word} of a long day " * 6}) + "\n" for word in "abc"))
+    line = ["eval", str(nano_bundle_bf16), "--data", f"jsonl:{text}#text", "--dtype", "float32", "-t", "1"]
+    device = ["--device", "cpu:0", "--prefill", "cpu", "--json", "--quiet"]
+    assert main([*line, *device, "--defer-up-to", "3"]) == 0
+    rows = json.loads(capsys.readouterr().out)["deferral"]
+    assert [row["defer_experts"] for row in rows] == [1, 2, 3]
+    kls = [row["scores"][-1]["kl"]["value"] for row in rows]
+    assert 0 < kls[0] < kls[2]
+    assert main([*line, *device, "--defer-experts", "3", "--reference", str(nano_bundle_bf16)]) == 0
+    alone = json.loads(capsys.readouterr().out)["scores"][-1]
+    assert alone["kl"]["value"] == pytest.approx(kls[2], rel=1e-3)
+    assert alone["perplexity"]["value"] == pytest.approx(
+        rows[2]["scores"][-1]["perplexity"]["value"], rel=1e-5
+    )
+    assert main([*line, "--device", "cpu:0", "--defer-up-to", "2", "--quiet"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert main([*line, "--defer-up-to", "2", "--quiet"]) == 2
+    assert "needs a device" in capsys.readouterr().err
+    assert main([*line, *device, "--defer-up-to", "2", "--defer-experts", "1"]) == 2
+    assert "compares with MODEL itself" in capsys.readouterr().err

@@ -103,6 +103,36 @@ def test_random_interleavings(layers: list[RoutedExperts]) -> None:
             assert torch.equal(slot.out, wanted), step
 
 
+def test_random_faults_between_sound_steps(layers: list[RoutedExperts]) -> None:
+    """A planted error in any of six calls in flight on two streams: raised at the step's end, whichever it
+    was; what the step's other calls left behind does not reach the next, whose buffers are the same."""
+    courier = Courier(60.0)
+    dice = random.Random(7)
+    slots = [Slot(courier, layers[index % len(layers)]) for index in range(6)]
+    streams = [SimulatedStream(), SimulatedStream()]
+    for step in range(INTERLEAVINGS // 5):
+        is_faulty = step % 2 == 0
+        courier.begin()
+        if is_faulty:
+            courier.queue.inject(
+                error=f"planted {step}", delay_s=dice.choice((0.0, 0.001)), skipped=dice.randrange(6)
+            )
+        expected = [(slot, slot.fill(dice), streams[dice.randrange(2)]) for slot in dice.sample(slots, 6)]
+        for slot, _, stream in expected:
+            slot.submit(stream)
+        for slot, _, stream in dice.sample(expected, 6):
+            slot.sync(stream)
+        for stream in streams:
+            stream.synchronize()
+        if is_faulty:
+            with pytest.raises(EngineError, match=f"planted {step}"):
+                courier.check()
+            continue
+        courier.check()
+        for slot, wanted, _ in expected:
+            assert torch.equal(slot.out, wanted), step
+
+
 def test_results_come_before_sync_returns(layers: list[RoutedExperts]) -> None:
     """A layer that takes its time holds up the stream, and nothing else."""
     courier = Courier(60.0)
@@ -197,6 +227,29 @@ def test_a_model_survives_faults(
         model.prefill([3, 4, 5], cache)
     assert cache.length == 3
     assert torch.allclose(model.prefill([3, 4, 5], cache), plain.logits(range(6))[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("skipped", range(6))
+def test_faults_with_deferral_on_several_devices(
+    nano_bundle_bf16: Path, skipped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the five calls of a step (three layers, two of them with a late one) on three devices each fails,
+    late ones too, in issued, captured and replayed steps; the same cache then goes on as if nothing was."""
+    monkeypatch.setenv("KTTOOLS_ENGINE_TIMEOUT", "0.4")
+    options: dict[str, Any] = {"dtype": "float32", "threads": 1, "defer_experts": 2, "prefill": "cpu"}
+    model: Any = kt.load(nano_bundle_bf16, device="cpu,cpu,cpu", **options)
+    wanted = model.logits(range(5))
+    cache = model.new_cache(8)
+    for token, fault in enumerate(
+        [{"error": "planted"}, {"delay_s": 0.6}, {"error": "planted"}, {"error": "planted"}]
+    ):
+        model.courier.queue.inject(skipped=skipped, **fault)
+        if skipped < 5:
+            with pytest.raises(EngineError, match=r"planted|longer than 0\.4"):
+                model.decode(token, cache)
+            assert cache.length == token
+        model.courier.queue.inject()
+        assert torch.allclose(model.decode(token, cache), wanted[token], atol=1e-3)
 
 
 def test_a_failing_computation_surfaces() -> None:

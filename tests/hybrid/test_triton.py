@@ -1,9 +1,11 @@
-"""Our Triton kernel in Triton's interpreter on the CPU, against NumPy; skipped by name without Triton."""
+"""Our Triton kernel in Triton's interpreter on the CPU, against NumPy, and compiled for GPUs;
+skipped by name without Triton."""
 
 import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,5 +51,39 @@ def test_kernel_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kttools_runtime.hybrid import triton_source
+
+kernel = triton.jit(triton_source.slots_kernel)
+pointers = {"x": "bf16", "scale": "u8", "zero": "u8", "row_scale": "fp32", "slots": "i64", "out": "fp32"}
+for form, codes in {"int4": "u8", "int8": "i8", "float": "bf16"}.items():
+    types = {f"{name}_ptr": f"*{kind}" for name, kind in {**pointers, "codes": codes}.items()}
+    types |= dict.fromkeys(("num_rows", "code_bytes", "num_groups", "x_stride"), "i32")
+    fixed = {"COLUMNS": 7168, "GROUP": 128, "IS_INT4": form == "int4", "HAS_SCALE": form != "float"}
+    fixed |= {"ROWS": 16, "INPUTS": 256}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
+    for capability in (80, 90):
+        source = ASTSource(kernel, signature, places)
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert f"sm_{capability}" in made.asm["ptx"] and len(made.asm["cubin"]) > 1000
+print("ok")
+"""
+
+
+def test_kernel_compiles_for_gpus(tmp_path: Path) -> None:
+    """Machine code of sm_80 and sm_90, without a GPU."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300, env=environment
     )
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr

@@ -103,6 +103,31 @@ def test_deepseek_v3_in_4_bits_beside_the_published_382_gb(
     assert experts == pytest.approx(653.9e9 * 4.25 / 8, rel=3e-3)
 
 
+@V3
+def test_a_bundle_that_keeps_q4_k_m_beside_the_published_382_gb(directory: Path) -> None:
+    """Half of the layers with Q6_K down matrices, as llama.cpp mixes them: sizes by the pack code, summed by
+    the plan, and where each byte goes. The dense part is on a GPU."""
+    from dataclasses import replace
+
+    from kttools.plan.choice import Choice, open_subject
+    from kttools.plan.memory import Machine, needs
+
+    made = open_subject(directory).layout(Choice("int4", "int4", 8192, "off", 64))
+    kept = {
+        layer: (("q4_k", "q4_k_q6_k")[index % 2],) * 256 for index, layer in enumerate(made.config.moe_layers)
+    }
+    pack_bytes = sum(made.expert_bytes(name) for names in kept.values() for name in names)
+    layout = replace(made, expert_formats=kept, pack_bytes=pack_bytes)
+    found = needs(layout, 8192, "off", 64, Machine(1 << 40, (24 << 30,), 1), "auto")
+    assert set(layout.bytes_by_format) == {"q4_k", "q4_k_q6_k"}
+    assert sum(layout.bytes_by_format.values()) == found.ram.experts == pack_bytes
+    assert pack_bytes == pytest.approx(653.9e9 * (4.5 * (2 / 3 + 1 / 6) + 6.5625 / 6) / 8, rel=0.01)
+    assert found.ram_total == pytest.approx(382 * GIB, rel=0.03)
+    assert found.devices[0].total - found.devices[0].hot_experts < 14e9
+    each = 3 * 7168 * 2048 * (4 + 16 / 128) / 8  # hot experts are int4 whatever the pack has
+    assert found.devices[0].hot_experts / found.hot == pytest.approx(each, rel=2e-3)
+
+
 @pytest.mark.parametrize(("name", "bits"), [("q4_k", 4.5), ("q6_k", 6.5625), ("q8_0", 8.5)])
 def test_gguf_blocks_are_sized_by_the_pack_code(name: str, bits: float) -> None:
     """What smaller formats a remedy may name beside them: never another kind of block."""

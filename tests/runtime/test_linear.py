@@ -159,6 +159,9 @@ def test_norm_against_its_definition() -> None:
     x, weight = random(4, 100), random(100, seed=1)
     expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
     assert_close(RMSNorm(weight, 1e-6)(x), expected, 1e-6)
+    fused = RMSNorm(weight, 1e-6, is_fused=True)  # what CUDA takes
+    assert_close(fused(x), expected, 1e-6)
+    assert_close(fused.apply_(x.clone()), expected, 1e-6)
     assert_close(RMSNorm(weight, 1e-6)(torch.zeros(2, 100)), torch.zeros(2, 100), 0.0)
     tiny = 1e-6 * x
     expected = tiny.double() / (tiny.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight

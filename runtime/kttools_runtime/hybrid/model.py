@@ -1,6 +1,7 @@
 """A model whose dense part is on devices and whose routed experts are on the CPU."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,14 @@ class HybridModel(Model):
     def use_table(self, table: "str | Path | ExpertTable | None") -> None:
         """As Model.use_table; captured steps are made anew."""
         super().use_table(table)
+        self._generation += 1
+
+    def use_deferral(self, count: int) -> None:
+        """Another number of deferred experts (options.defer_experts); captured steps are made anew."""
+        self.options = replace(self.options, defer_experts=count)
+        self.options.check(self.config)
+        for index, mixture in self.mixtures.items():
+            mixture.defer = 0 if index == self.config.num_hidden_layers - 1 else count
         self._generation += 1
 
     def new_cache(self, cache_len: int | None = None) -> HybridCache:
