@@ -19,8 +19,10 @@ constexpr int kMostStrips = 16;
 constexpr int kBlockSteps = 8, kWideBlockSteps = 16;
 // 3 and 4 row tiles: C of all of them stays in L1, too.
 constexpr int kNarrowTiles = 4, kNarrowBlockSteps = 6;
-// Block by block: divides the 112 k-steps of 7168 features.
+// Block by block: divides the 112 k-steps of 7168 features. Weights that are expanded come in units of up to 4 k-steps (256
+// inputs), which no K block may cut.
 constexpr int kOuterBlockSteps = 14;
+static_assert(kBlockSteps % 4 == 0 && kWideBlockSteps % 4 == 0, "K blocks of expanded weights");
 // Up to so many row tiles the first pass over a block asks for its lines one k-step ahead; with more, all passes ask for
 // the next block, evenly.
 constexpr int kNearTiles = 2;
@@ -185,7 +187,7 @@ Tiling::Tiling(int rows, int steps, bool expanded) : k_steps(steps), block_steps
   tile_rows = (rows + tiles - 1) / tiles;
   in_l2 = bytes() <= kActivationsInL2;
   if (!in_l2) {
-    block_steps = std::min(steps, kOuterBlockSteps);
+    block_steps = std::min(steps, expanded ? kWideBlockSteps : kOuterBlockSteps);
   } else if (tiles > 2 || expanded) {
     const bool narrow = tiles <= kNarrowTiles && !expanded;
     block_steps = std::min(steps, narrow ? kNarrowBlockSteps : tiles > 8 ? kWideBlockSteps : kBlockSteps);
