@@ -74,6 +74,20 @@ def test_many_rows(isa: str, kind: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_more_rows_than_the_caches_hold(isa: str, kind: str) -> None:
+    """K goes by in blocks then (csrc/gemm.cpp), no unit of ggml is cut, and a row does not feel the others."""
+    inputs, count = 4352, 300  # 1.3 MB of activations, 17 blocks of 256
+    rng = np.random.default_rng(8)
+    rows = blocks.random_rows(rng, kind, 40, inputs)
+    matrix = _kernels.PackedLinear.from_blocks(_kernels.Engine(2, isa), kind, rows, inputs)
+    x = ref.bf16_matrix(rng, count, inputs)
+    together = product(matrix, x)
+    in_parts = np.concatenate([product(matrix, x[start : start + 20]) for start in range(0, count, 20)])
+    assert np.isfinite(together).all()
+    assert np.array_equal(together, in_parts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_tables_agree_bit_for_bit(kind: str) -> None:
     rows = rows_of(kind)
     x = ref.bf16_matrix(np.random.default_rng(4), 4, SIZES[kind][1])
