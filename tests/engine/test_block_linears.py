@@ -75,7 +75,7 @@ def test_many_rows(isa: str, kind: str, count: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_rows_than_the_caches_hold(isa: str, kind: str) -> None:
-    """K goes by in blocks then (csrc/gemm.cpp), no unit of ggml is cut, and a row does not feel the others."""
+    """K goes by in blocks then (csrc/gemm.cpp), no unit of ggml is cut, a row is on its own."""
     inputs, count = 4352, 300  # 1.3 MB of activations, 17 blocks of 256
     rng = np.random.default_rng(8)
     rows = blocks.random_rows(rng, kind, 40, inputs)
