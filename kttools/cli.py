@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -51,6 +51,7 @@ COMMANDS: dict[str, Entry] = {
 EXIT_RUNTIME, EXIT_USAGE, EXIT_INPUT, EXIT_RESOURCE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 EXIT_TERMINATED = 143
 LOOK_AGAIN_S = 1.0
+Handler = Callable[[int, FrameType | None], None]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -115,7 +116,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status; nothing escapes as a traceback unless --debug."""
     settings = Settings(debug=_env_flag("KTTOOLS_DEBUG"), quiet=_env_flag("KTTOOLS_QUIET"))
     try:
-        with _termination_caught():
+        with _signals_caught():
             result = build_group().main(
                 args=None if args is None else list(args),
                 prog_name="kttools",
@@ -142,14 +143,18 @@ class Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def _termination_caught() -> Iterator[None]:
-    """SIGTERM raises Terminated in the main thread; elsewhere nothing changes.
+def _signals_caught() -> Iterator[None]:
+    """SIGTERM raises Terminated in the main thread, SIGINT KeyboardInterrupt; elsewhere nothing changes.
 
-    An exception from a signal handler may come up where it is swallowed (a bare except, a call from C++
-    while torch is imported). So a timer looks again, and raises once more unless the first is on its way up.
+    An exception from a signal handler may come up where it is swallowed (a bare except, a call from C++), or
+    leave a compiled library half imported, which then cannot be imported again. So during an import the
+    process ends by the signal itself, and after SIGTERM a timer looks again and raises once more unless the
+    first is on its way up.
     """
 
-    def terminate(_: int, __: FrameType | None) -> None:
+    def terminate(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            _end_if_importing(number, frame)
         signal.setitimer(signal.ITIMER_REAL, LOOK_AGAIN_S)
         handled = sys.exc_info()[1]
         while handled is not None and not isinstance(handled, Terminated):
@@ -157,16 +162,31 @@ def _termination_caught() -> Iterator[None]:
         if handled is None:
             raise Terminated
 
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _end_if_importing(number, frame)
+        signal.default_int_handler(number, frame)
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGALRM)}
+    handlers: dict[signal.Signals, Handler] = {signal.SIGTERM: terminate, signal.SIGALRM: terminate}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        handlers[signal.SIGINT] = interrupt
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_if_importing(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        frame = frame.f_back
 
 
 def explain(error: BaseException) -> tuple[str, int]:

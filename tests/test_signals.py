@@ -126,7 +126,7 @@ def test_a_termination_that_is_swallowed_comes_again_and_tidying_up_is_not_distu
     code = """
 import os, signal, time
 from kttools import cli
-with cli._termination_caught():
+with cli._signals_caught():
     try:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(9)
@@ -144,17 +144,21 @@ with cli._termination_caught():
 
 
 @both
-def test_while_it_prefills(nano_bundle: Path, cache: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("delay_s", [0.0, 0.02, 1.0])
+def test_one_signal_is_enough_while_libraries_load_and_it_prefills(
+    nano_bundle: Path, cache: Path, tmp_path: Path, number: signal.Signals, delay_s: float
+) -> None:
+    """From the first thread of a library on, whose import an exception would leave in halves."""
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("word " * 2000)
     terminal = OnTerminal("chat", nano_bundle, "-f", prompt, "--chunk_size", "8", *SLOW, cache=cache)
     try:
         task = Path(f"/proc/{terminal.process.pid}/task")
-        while len(list(task.iterdir())) < 2 and terminal.process.poll() is None:  # the engine's pool stands
-            time.sleep(0.01)
-        time.sleep(0.3)
+        while len(list(task.iterdir())) < 2 and terminal.process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(delay_s)
         terminal.send(number)
-        assert terminal.status() == CODES[number]
+        assert terminal.status() == CODES[number], terminal.seen
     finally:
         terminal.close()
 
