@@ -53,8 +53,8 @@ def sources() -> list[str]:
     return found
 
 
-# -O1 and -g1 come last and count: instrumented code of kernels costs gcc a minute a file to optimise, and another to track
-# variables for a debugger; lines are enough for a report.
+# -O1 and -g1 come last and count: gcc takes a minute a file to optimise instrumented kernels, and another to
+# track variables for a debugger; lines are enough for a report.
 sanitize_flags = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-O1", "-g1"] if SANITIZE else []
 extension = Pybind11Extension(
     "kttools_runtime._kernels",
