@@ -76,6 +76,11 @@ GGML_TYPES: dict[str, tuple[int, int]]
 def decode_ggml(type: str, data: _U8) -> _F32:
     """Whole blocks of one of GGML_TYPES (name: weights and bytes of a block). The GIL is released."""
 
+GGML_CODEBOOKS: dict[str, tuple[int, int, int]]
+
+def decode_codebook(type: str, data: _U8, grid: _I8) -> _F32:
+    """decode_ggml for GGML_CODEBOOKS (name: bytes of a block of 256, rows and columns of its grid)."""
+
 def decode_fp8(
     codes: _U8, scales: _F32, block_rows: int, block_cols: int, first_row: int, out: npt.NDArray[np.uint16]
 ) -> bool:
