@@ -1,4 +1,4 @@
-"""Any bytes in a file's tensor, exactly sized memory, AddressSanitizer and UBSan (native/hostile_tensors.cpp)."""
+"""Any bytes in a tensor, exactly sized memory, AddressSanitizer and UBSan (native/hostile_tensors.cpp)."""
 
 from pathlib import Path
 
