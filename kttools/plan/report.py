@@ -61,8 +61,8 @@ class Report:
         options = ["--cache_lens", str(choice.cache_len), "-t", str(choice.threads), "--numa", choice.numa]
         if self.device_names:
             options += ["--device", ",".join(self.device_names)]
-        if self.needs.hot:
-            options += ["--gpu-experts", str(choice.gpu_experts)]
+        if self.needs.hot and choice.gpu_experts is not None:
+            options += ["--gpu-experts", choice.gpu_experts.text]
         lines.append(["kttools", "chat", bundle, *options])
         return [shlex.join(line) for line in lines]
 
@@ -78,9 +78,16 @@ class Report:
             found += [
                 f"CUDA context and libraries: {size(CONTEXT_BYTES)} a GPU, an allowance",
                 f"graph: {size(GRAPH_LAYER_BYTES)} a layer, an allowance",
-                "hot experts: every expert chosen alike (a profile of the text does better)",
+                self._choices(),
             ]
         return found
+
+    def _choices(self) -> str:
+        """How often the hot experts are supposed to be chosen."""
+        asked = self.choice.gpu_experts
+        if asked is None or not asked.counts:
+            return "hot experts: every expert chosen alike (--gpu-experts auto:PROFILE does better)"
+        return f"hot experts: chosen as often as in the text of {asked.file}"
 
 
 def to_dict(report: Report) -> dict[str, Any]:
@@ -155,6 +162,8 @@ def _gpu_experts(report: Report) -> dict[str, Any] | None:
     return {
         "per_layer": _per_layer(report, report.needs.hot),
         "most_per_layer": _per_layer(report, report.needs.most_hot),
+        "hit_share": report.needs.hot_share,
+        "most_hit_share": report.needs.most_share,
         "most_decode_tokens_s": gained,
     }
 
@@ -262,7 +271,10 @@ def _device_rows(report: Report) -> Rows:
     if rows and report.hot_speed is not None:
         hot, most = (_per_layer(report, n) for n in (report.needs.hot, report.needs.most_hot))
         gained = f"{rounded(report.hot_speed.decode_tokens_s)} tok/s"
-        rows.append(("hot experts", f"{hot:g} a layer, at most {most:g} fit: decode at most {gained}"))
+        need = report.needs
+        taken = f"{hot:g} a layer, {100 * need.hot_share:.1f} % of choices" if need.hot else "none"
+        fitting = f"{most:g} fit, {100 * need.most_share:.1f} %"
+        rows.append(("hot experts", f"{taken}; {fitting}: decode at most {gained}"))
     return rows
 
 
