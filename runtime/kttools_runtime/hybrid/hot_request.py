@@ -77,9 +77,16 @@ def parse_request(text: str) -> tuple[int | None, Path | None]:
         return wanted, None
     elif not tail:
         raise UsageError(f"gpu-experts {text!r}: {SYNTAX}")
-    if not Path(tail).is_file():
+    if not _is_file(Path(tail)):
         raise UsageError(f"gpu-experts {text[:200]!r}: no such file; {SYNTAX}")
     return wanted, Path(tail)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a directory that may not be searched
+        return False
 
 
 def listed_experts(document: dict[str, object], file: Path, config: ModelConfig) -> dict[int, list[int]]:

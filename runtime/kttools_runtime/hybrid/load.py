@@ -17,6 +17,7 @@ from kttools_runtime.shards import ShardWeights
 
 from .choose import hot_experts
 from .feed import ExpertFeed
+from .fused_router import fastest_route
 from .gating import read_gating
 from .handoff import Courier
 from .hot import HotExperts
@@ -123,7 +124,7 @@ def _mixtures(
         defer = 0 if index == config.num_hidden_layers - 1 else options.defer_experts
         feed = feeds[placed[index]]
         prefill = Prefill(options.prefill, pack, dtype, engine.threads, engine.isa, feed, gating)
-        mixtures[index] = Mixture(layer, courier, hot, defer, prefill)
+        mixtures[index] = Mixture(layer, courier, hot, defer, prefill, fastest_route(layer.router))
     return mixtures
 
 
