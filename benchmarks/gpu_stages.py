@@ -112,7 +112,7 @@ def linear_times(device: str, _: list[Path]) -> dict[str, Any]:
 
 
 def router_times(device: str, bundles: list[Path]) -> dict[str, Any]:
-    """Milliseconds of the bundle's router by rows: torch's operations, and our kernel where there is Triton."""
+    """Milliseconds of the bundle's router by rows: torch's operations, and our kernel with Triton."""
     place = parse_devices(device)
     if place is None:
         raise SystemExit(f"{device} is no device of the hybrid path")
