@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kttools.bundle.render import size
-from kttools_runtime.device_footprint import CONTEXT_BYTES, GRAPH_LAYER_BYTES, DeviceFootprint
+from kttools_runtime.device_footprint import (
+    CONTEXT_BYTES,
+    GRAPH_LAYER_BYTES,
+    DeviceFootprint,
+    kept_blocks_bytes,
+)
 
 from .ceilings import Sourced
 from .choice import Choice
@@ -79,15 +84,19 @@ class Report:
                 f"CUDA context and libraries: {size(CONTEXT_BYTES)} a GPU, an allowance",
                 f"graph: {size(GRAPH_LAYER_BYTES)} a layer, an allowance",
                 self._choices(),
+                *self._blocks(),
             ]
         return found
 
-    def _choices(self) -> str:
-        """How often the hot experts are supposed to be chosen."""
-        asked = self.choice.gpu_experts
-        if asked is None or not asked.counts:
-            return "hot experts: every expert chosen alike (--gpu-experts auto:PROFILE does better)"
-        return f"hot experts: chosen as often as in the text of {asked.file}"
+    def _blocks(self) -> list[str]:
+        """What GGUF's blocks become on a GPU, and what takes less there."""
+        held = kept_blocks_bytes(self.layout.tensors)
+        if not held:
+            return []
+        return [
+            f"linears kept in GGUF's blocks: int8 on a GPU, {size(held)}; shards made with --gpu-format int4 take"
+            " about half of it"
+        ]
 
 
 def to_dict(report: Report) -> dict[str, Any]:

@@ -122,6 +122,12 @@ def device_bytes(tensor: StoredTensor, dtype: torch.dtype = torch.bfloat16) -> t
     return "int4", codes + INT4_GROUP_FACTOR * (tensor.bytes - codes - 4 * rows) + 4 * rows
 
 
+def kept_blocks_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """What linears in GGUF's blocks take on a GPU."""
+    kept = (t for t in tensors if t.format in BLOCK_FORMATS and t.name != EMBEDDING)
+    return sum(device_bytes(tensor)[1] for tensor in kept)
+
+
 def workspace_bytes(
     config: ModelConfig,
     tensors: Iterable[StoredTensor],
