@@ -94,9 +94,15 @@ class Report:
         if not held:
             return []
         return [
-            f"linears kept in GGUF's blocks: int8 on a GPU, {size(held)}; shards made with --gpu-format int4 take"
-            " about half of it"
+            f"linears in GGUF's blocks: int8 on a GPU, {size(held)}; shards of --gpu-format int4 take half"
         ]
+
+    def _choices(self) -> str:
+        """How often the hot experts are supposed to be chosen."""
+        asked = self.choice.gpu_experts
+        if asked is None or not asked.counts:
+            return "hot experts: every expert chosen alike (--gpu-experts auto:PROFILE does better)"
+        return f"hot experts: chosen as often as in the text of {asked.file}"
 
 
 def to_dict(report: Report) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def test_plan_says_what_kept_blocks_take(
     smaller = [t for t in small if t.name in names and t.format == "int4"]
     same = sum(t.elements + 4 * t.shape[0] for t in smaller if t.shape[1] >= 128)
     assert sum(device_bytes(t)[1] for t in smaller if t.shape[1] >= 128) < 0.6 * same
-    line = f"linears kept in GGUF's blocks: int8 on a GPU, {size(held)}; shards made with --gpu-format int4"
+    line = f"linears in GGUF's blocks: int8 on a GPU, {size(held)}; shards of --gpu-format int4 take half"
     for gpu, vram, is_said in (("q4_k", "24G", True), ("int4", "24G", False), ("q4_k", None, False)):
         asked = () if vram is None else ("--vram", vram)
         assert cli.main(["plan", str(source), "--gpu-format", gpu, *asked, *MACHINE]) == 0
