@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import torch
 
+from kttools.checkpoint.gguf.types import BY_NAME, decode
 from kttools_runtime import _kernels
 
 Job = Callable[[], object]
@@ -36,12 +37,12 @@ def compare(ours: Job, theirs: Job, weights: int, rounds: int) -> tuple[float, f
 
 
 def ggml(name: str, weights: int, rounds: int) -> tuple[float, float]:
-    block, size = _kernels.GGML_TYPES[name]
-    data = np.random.default_rng(0).integers(0, 120, (weights // block, size), dtype=np.uint8)
-    kind = gguf.GGMLQuantizationType[name]
+    kind = BY_NAME[name]
+    blocks = weights // kind.block
+    data = np.random.default_rng(0).integers(0, 120, (blocks, kind.bytes), dtype=np.uint8)
     return compare(
-        lambda: _kernels.decode_ggml(name, data.reshape(-1)),
-        lambda: gguf.quants.dequantize(data, kind),
+        lambda: decode(data.reshape(-1), kind, kind.block),
+        lambda: gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name]),
         weights,
         rounds,
     )
@@ -69,7 +70,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| type | ours | gguf or torch | ratio |\n|--|--|--|--|")
-    rows = {name: ggml(name, options.weights, options.rounds) for name in _kernels.GGML_TYPES}
+    rows = {
+        name: ggml(name, options.weights, options.rounds)
+        for name in (*_kernels.GGML_TYPES, *_kernels.GGML_CODEBOOKS)
+    }
     rows["FP8 e4m3"] = fp8(options.weights, options.rounds)
     for name, (ours, theirs) in rows.items():
         print(f"| {name} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.1f} |")

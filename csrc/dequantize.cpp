@@ -2,32 +2,16 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 
 #include "clones.h"
+#include "ggml_half.h"
 
 // Layouts are those of ggml (ggml-common.h, "quantization"); products and differences are taken in the order of the gguf
 // package's NumPy code, each rounded to float32, so that the numbers are the same bits. Compiled without contraction.
-#define KT_INLINE inline __attribute__((always_inline))
-
 namespace kt {
 namespace {
-
-KT_INLINE float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// A float16 in two bytes. Subnormals: m * 2^-24.
-KT_INLINE float half(const uint8_t* p) {
-  const uint32_t bits = p[0] | static_cast<uint32_t>(p[1]) << 8;
-  const uint32_t sign = (bits & 0x8000) << 16, exponent = bits >> 10 & 31, mantissa = bits & 0x3FF;
-  if (exponent == 31) return from_bits(sign | 0x7F800000 | mantissa << 13);
-  if (exponent > 0) return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
-  const float small = static_cast<float>(mantissa) * 5.9604644775390625e-08f;
-  return sign ? -small : small;
-}
 
 KT_CLONES void decode_q8_0(const uint8_t* data, size_t blocks, float* out) {
   for (size_t b = 0; b < blocks; ++b, data += 34, out += 32) {
@@ -45,6 +29,95 @@ KT_CLONES void decode_q4_0(const uint8_t* data, size_t blocks, float* out) {
     std::memcpy(q, data + 2, sizeof q);
     for (int i = 0; i < 16; ++i) out[i] = d * static_cast<float>((q[i] & 15) - 8);
     for (int i = 0; i < 16; ++i) out[16 + i] = d * static_cast<float>((q[i] >> 4) - 8);
+  }
+}
+
+KT_CLONES void decode_q4_1(const uint8_t* data, size_t blocks, float* out) {
+  for (size_t b = 0; b < blocks; ++b, data += 20, out += 32) {
+    const float d = half(data), m = half(data + 2);
+    for (int i = 0; i < 16; ++i) out[i] = d * static_cast<float>(data[4 + i] & 15) + m;
+    for (int i = 0; i < 16; ++i) out[16 + i] = d * static_cast<float>(data[4 + i] >> 4) + m;
+  }
+}
+
+// The fifth bits of 32 codes are one integer.
+KT_INLINE void read_q5(const uint8_t* high, const uint8_t* low, int32_t* codes) {
+  const uint32_t top = read_u32(high);
+  for (int i = 0; i < 16; ++i) codes[i] = static_cast<int32_t>((low[i] & 15) | (top >> i & 1) << 4);
+  for (int i = 0; i < 16; ++i) codes[16 + i] = static_cast<int32_t>(low[i] >> 4 | (top >> (16 + i) & 1) << 4);
+}
+
+KT_CLONES void decode_q5_0(const uint8_t* data, size_t blocks, float* out) {
+  for (size_t b = 0; b < blocks; ++b, data += 22, out += 32) {
+    const float d = half(data);
+    int32_t codes[32];
+    read_q5(data + 2, data + 6, codes);
+    for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(codes[i] - 16);
+  }
+}
+
+KT_CLONES void decode_q5_1(const uint8_t* data, size_t blocks, float* out) {
+  for (size_t b = 0; b < blocks; ++b, data += 24, out += 32) {
+    const float d = half(data), m = half(data + 2);
+    int32_t codes[32];
+    read_q5(data + 4, data + 8, codes);
+    for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(codes[i]) + m;
+  }
+}
+
+KT_CLONES void decode_q2_k(const uint8_t* data, size_t blocks, float* out) {
+  for (size_t b = 0; b < blocks; ++b, data += 84, out += 256) {
+    const float d = half(data + 80), dmin = half(data + 82);
+    for (int sub = 0; sub < 16; ++sub) {
+      const float scale = d * static_cast<float>(data[sub] & 15), minimum = dmin * static_cast<float>(data[sub] >> 4);
+      const int shift = sub / 2 % 4 * 2;
+      uint8_t q[16];
+      std::memcpy(q, data + 16 + sub / 8 * 32 + sub % 2 * 16, sizeof q);
+      for (int i = 0; i < 16; ++i) out[16 * sub + i] = scale * static_cast<float>(q[i] >> shift & 3) - minimum;
+    }
+  }
+}
+
+// Sixteen 6-bit scales, offset by 32, in 12 bytes: four low bits in the first 8, two high ones in the last 4.
+KT_CLONES void decode_q3_k(const uint8_t* data, size_t blocks, float* out) {
+  for (size_t b = 0; b < blocks; ++b, data += 110, out += 256) {
+    const float d = half(data + 108);
+    const uint8_t* scales = data + 96;
+    for (int sub = 0; sub < 16; ++sub) {
+      const int level = (scales[sub % 8] >> sub / 8 * 4 & 15) | (scales[8 + sub % 4] >> sub / 4 * 2 & 3) << 4;
+      const float scale = d * static_cast<float>(level - 32);
+      const int shift = sub / 2 % 4 * 2, bit = sub / 2;
+      uint8_t low[16], high[16];
+      std::memcpy(low, data + 32 + sub / 8 * 32 + sub % 2 * 16, sizeof low);
+      std::memcpy(high, data + sub % 2 * 16, sizeof high);
+      for (int i = 0; i < 16; ++i) {
+        const int code = (low[i] >> shift & 3) + (high[i] >> bit & 1) * 4 - 4;
+        out[16 * sub + i] = scale * static_cast<float>(code);
+      }
+    }
+  }
+}
+
+// The 16 values a code of IQ4_NL and IQ4_XS can have.
+const float kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+KT_INLINE void decode_iq4_part(const uint8_t* codes, float scale, float* out) {
+  for (int i = 0; i < 16; ++i) out[i] = scale * kIq4Values[codes[i] & 15];
+  for (int i = 0; i < 16; ++i) out[16 + i] = scale * kIq4Values[codes[i] >> 4];
+}
+
+KT_CLONES void decode_iq4_nl(const uint8_t* data, size_t blocks, float* out) {
+  for (size_t b = 0; b < blocks; ++b, data += 18, out += 32) decode_iq4_part(data + 2, half(data), out);
+}
+
+KT_CLONES void decode_iq4_xs(const uint8_t* data, size_t blocks, float* out) {
+  for (size_t b = 0; b < blocks; ++b, data += 136, out += 256) {
+    const float d = half(data);
+    const uint32_t high = read_u16(data + 2);
+    for (int part = 0; part < 8; ++part) {
+      const int level = static_cast<int>((data[4 + part / 2] >> part % 2 * 4 & 15) | (high >> 2 * part & 3) << 4);
+      decode_iq4_part(data + 8 + 16 * part, d * static_cast<float>(level - 32), out + 32 * part);
+    }
   }
 }
 
@@ -167,10 +240,15 @@ KT_CLONES bool decode_run(const uint8_t* codes, size_t n, float scale, uint16_t*
 }  // namespace
 
 const std::vector<GgmlType>& ggml_types() {
-  static const std::vector<GgmlType> table = {
-      {"Q4_0", 32, 18, decode_q4_0},   {"Q8_0", 32, 34, decode_q8_0},   {"Q4_K", 256, 144, decode_q4_k},
-      {"Q5_K", 256, 176, decode_q5_k}, {"Q6_K", 256, 210, decode_q6_k}, {"MXFP4", 32, 17, decode_mxfp4},
+  // An array first: gcc 12 defines the clones twice where a list of this length initialises the vector.
+  static const GgmlType rows[] = {
+      {"Q4_0", 32, 18, decode_q4_0},   {"Q4_1", 32, 20, decode_q4_1},     {"Q5_0", 32, 22, decode_q5_0},
+      {"Q5_1", 32, 24, decode_q5_1},   {"Q8_0", 32, 34, decode_q8_0},     {"Q2_K", 256, 84, decode_q2_k},
+      {"Q3_K", 256, 110, decode_q3_k}, {"Q4_K", 256, 144, decode_q4_k},   {"Q5_K", 256, 176, decode_q5_k},
+      {"Q6_K", 256, 210, decode_q6_k}, {"IQ4_NL", 32, 18, decode_iq4_nl}, {"IQ4_XS", 256, 136, decode_iq4_xs},
+      {"MXFP4", 32, 17, decode_mxfp4},
   };
+  static const std::vector<GgmlType> table(std::begin(rows), std::end(rows));
   return table;
 }
 

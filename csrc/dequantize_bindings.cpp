@@ -4,23 +4,41 @@
 
 #include "arrays.h"
 #include "dequantize.h"
+#include "dequantize_codebook.h"
 
 namespace kt {
 namespace {
 
+// Whole blocks of `bytes` bytes; their number.
+size_t check_blocks(const py::array& data, int bytes) {
+  if (data.ndim() != 1) fail("data must have 1 dimension, got " + shape_text(data));
+  read<uint8_t>(data, "data", {data.shape(0)});
+  if (data.shape(0) % bytes != 0) {
+    fail("data has " + std::to_string(data.shape(0)) + " bytes, expected whole blocks of " + std::to_string(bytes));
+  }
+  return static_cast<size_t>(data.shape(0) / bytes);
+}
+
 py::array_t<float> decode_ggml(const std::string& name, const py::array& data) {
   const GgmlType& type = ggml_type(name);
-  if (data.ndim() != 1) fail("data must have 1 dimension, got " + shape_text(data));
-  const uint8_t* bytes = read<uint8_t>(data, "data", {data.shape(0)});
-  if (data.shape(0) % type.bytes != 0) {
-    fail("data has " + std::to_string(data.shape(0)) + " bytes, expected whole blocks of " +
-         std::to_string(type.bytes));
-  }
-  const auto blocks = data.shape(0) / type.bytes;
-  py::array_t<float> values(blocks * type.block);
+  const size_t blocks = check_blocks(data, type.bytes);
+  py::array_t<float> values(static_cast<py::ssize_t>(blocks) * type.block);
+  const auto* bytes = static_cast<const uint8_t*>(data.data());
   float* out = values.mutable_data();
   py::gil_scoped_release release;
-  type.decode(bytes, static_cast<size_t>(blocks), out);
+  type.decode(bytes, blocks, out);
+  return values;
+}
+
+py::array_t<float> decode_codebook(const std::string& name, const py::array& data, const py::array& grid) {
+  const CodebookType& type = codebook_type(name);
+  const size_t blocks = check_blocks(data, type.bytes);
+  const int8_t* rows = read<int8_t>(grid, "grid", {type.grid_rows, type.grid_columns});
+  py::array_t<float> values(static_cast<py::ssize_t>(blocks) * kCodebookBlock);
+  const auto* bytes = static_cast<const uint8_t*>(data.data());
+  float* out = values.mutable_data();
+  py::gil_scoped_release release;
+  type.decode(bytes, blocks, rows, out);
   return values;
 }
 
@@ -53,7 +71,12 @@ void bind_dequantize(py::module_& m) {
   py::dict types;
   for (const GgmlType& type : ggml_types()) types[type.name] = py::make_tuple(type.block, type.bytes);
   m.attr("GGML_TYPES") = types;
+  py::dict codebooks;
+  for (const CodebookType& type : codebook_types())
+    codebooks[type.name] = py::make_tuple(type.bytes, type.grid_rows, type.grid_columns);
+  m.attr("GGML_CODEBOOKS") = codebooks;
   m.def("decode_ggml", &decode_ggml, py::arg("type"), py::arg("data"));
+  m.def("decode_codebook", &decode_codebook, py::arg("type"), py::arg("data"), py::arg("grid"));
   m.def("decode_fp8", &decode_fp8_py, py::arg("codes"), py::arg("scales"), py::arg("block_rows"), py::arg("block_cols"),
         py::arg("first_row"), py::arg("out"));
 }

@@ -11,42 +11,75 @@ from kttools_runtime import _kernels
 BLOCKS = 700
 # float16 scales of every kind: zeros, subnormals, usual ones, infinities, NaN.
 SCALES = np.array([0, 0x8000, 1, 0x83FF, 0x0400, 0x3C00, 0xBC01, 0x7BFF, 0x7C00, 0xFC00, 0x7E00], np.uint16)
-SCALE_AT = {"Q4_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": ()}
+SCALE_AT = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "MXFP4": (),
+}
+CODEBOOK_SCALE_AT = {
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
+    "IQ1_S": (0,),
+    "IQ1_M": (),  # in parts: random bytes have every exponent
+}
+ALL_TYPES = [*SCALE_AT, *CODEBOOK_SCALE_AT]
 
 
 def random_blocks(name: str, seed: int) -> np.ndarray:
     """Random bytes, in half of the blocks with a scale of SCALES: [BLOCKS, bytes]."""
     rng = np.random.default_rng(seed)
-    data = rng.integers(0, 256, (BLOCKS, _kernels.GGML_TYPES[name][1]), dtype=np.uint8)
-    for at in SCALE_AT[name]:
+    data = rng.integers(0, 256, (BLOCKS, types.BY_NAME[name].bytes), dtype=np.uint8)
+    for at in (SCALE_AT | CODEBOOK_SCALE_AT)[name]:
         chosen = rng.choice(SCALES, BLOCKS // 2).astype("<u2")
         data[: BLOCKS // 2, at : at + 2] = chosen.view(np.uint8).reshape(-1, 2)
     return data
 
 
+def decode(name: str, data: np.ndarray) -> np.ndarray:
+    """float32: what the extension makes of whole blocks."""
+    if name in SCALE_AT:
+        return _kernels.decode_ggml(name, data)
+    return _kernels.decode_codebook(name, data, types.grid_of(types.BY_NAME[name]))
+
+
 def test_table_is_that_of_the_reader() -> None:
-    assert {
-        name: (types.BY_NAME[name].block, types.BY_NAME[name].bytes) for name in SCALE_AT
-    } == _kernels.GGML_TYPES
+    reader = types.BY_NAME
+    assert {name: (reader[name].block, reader[name].bytes) for name in SCALE_AT} == _kernels.GGML_TYPES
+    grids = {name: types.grid_of(reader[name]).shape for name in CODEBOOK_SCALE_AT}
+    assert {name: (reader[name].bytes, *grids[name]) for name in grids} == _kernels.GGML_CODEBOOKS
+    assert all(reader[name].block == 256 for name in grids)
 
 
 @pytest.mark.isa
-@pytest.mark.parametrize("name", SCALE_AT)
+@pytest.mark.parametrize("name", ALL_TYPES)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_bits_of_the_gguf_package(name: str, seed: int) -> None:
     data = random_blocks(name, seed)
-    got = _kernels.decode_ggml(name, data.reshape(-1))
+    got = decode(name, data.reshape(-1))
     with np.errstate(all="ignore"):
         expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name]).reshape(-1)
     is_nan = np.isnan(expected)
     assert np.array_equal(np.isnan(got), is_nan)
     assert np.array_equal(got.view(np.uint32)[~is_nan], expected.view(np.uint32)[~is_nan])
     data[-1] ^= 0xFF  # and another block is seen
-    changed = _kernels.decode_ggml(name, data.reshape(-1))
+    changed = decode(name, data.reshape(-1))
     assert not np.array_equal(changed[-256:].view(np.uint32), got[-256:].view(np.uint32))
 
 
-@pytest.mark.parametrize("name", SCALE_AT)
+@pytest.mark.parametrize("name", ALL_TYPES)
 def test_reader_takes_this_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf.quants, "dequantize", None)
     data = random_blocks(name, 3)
@@ -57,28 +90,58 @@ def test_reader_takes_this_path(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.isa
-@pytest.mark.parametrize("name", SCALE_AT)
+@pytest.mark.parametrize("name", ALL_TYPES)
 def test_sizes_are_checked(name: str) -> None:
     data = random_blocks(name, 4).reshape(-1)
-    for cut in (1, _kernels.GGML_TYPES[name][1] - 1):
+    kind = types.BY_NAME[name]
+    for cut in (1, kind.bytes - 1):
         with pytest.raises(ValueError, match="expected whole blocks"):
-            _kernels.decode_ggml(name, data[:-cut])
-    assert len(_kernels.decode_ggml(name, data[:0])) == 0
+            decode(name, data[:-cut])
+    assert len(decode(name, data[:0])) == 0
     # The last block of a heap allocation of exactly its size: a sanitizer sees a byte read beyond.
-    one = np.array(data[-_kernels.GGML_TYPES[name][1] :])
-    assert len(_kernels.decode_ggml(name, one)) == _kernels.GGML_TYPES[name][0]
+    one = np.array(data[-kind.bytes :])
+    assert len(decode(name, one)) == kind.block
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("name", CODEBOOK_SCALE_AT)
+@pytest.mark.parametrize("fill", [0, 255])
+def test_extreme_indices_stay_in_the_grid(name: str, fill: int) -> None:
+    """The first and the last row, in a grid of exactly its size on the heap."""
+    kind = types.BY_NAME[name]
+    data = np.full(kind.bytes, fill, np.uint8)
+    grid = np.array(types.grid_of(kind))
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name])
+    assert np.array_equal(_kernels.decode_codebook(name, data, grid), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (
-            lambda: _kernels.decode_ggml("Q3_K", np.zeros(110, np.uint8)),
-            "unknown ggml type Q3_K: expected one of Q4_0",
+            lambda: _kernels.decode_ggml("IQ1_S", np.zeros(110, np.uint8)),
+            "unknown ggml type IQ1_S: expected one of Q4_0",
         ),
         (lambda: _kernels.decode_ggml("Q8_0", np.zeros((1, 34), np.uint8)), "1 dimension"),
         (lambda: _kernels.decode_ggml("Q8_0", np.zeros(34, np.int8)), "data must be uint8"),
         (lambda: _kernels.decode_ggml("Q8_0", np.zeros(68, np.uint8)[::2]), "C-contiguous"),
+        (
+            lambda: _kernels.decode_codebook("Q8_0", np.zeros(34, np.uint8), np.zeros((1, 8), np.int8)),
+            "unknown ggml type Q8_0: expected one of IQ2_XXS",
+        ),
+        (
+            lambda: _kernels.decode_codebook("IQ1_S", np.zeros(50, np.uint8), np.zeros((2047, 8), np.int8)),
+            "grid has shape",
+        ),
+        (
+            lambda: _kernels.decode_codebook("IQ3_S", np.zeros(110, np.uint8), np.zeros((512, 4), np.uint8)),
+            "grid must be int8",
+        ),
+        (
+            lambda: _kernels.decode_codebook("IQ3_S", np.zeros(111, np.uint8), np.zeros((512, 4), np.int8)),
+            "expected whole blocks of 110",
+        ),
     ],
 )
 def test_refused(call: object, message: str) -> None:

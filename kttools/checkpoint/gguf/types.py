@@ -1,11 +1,12 @@
 """ggml's tensor types: block geometry, and bytes to numbers.
 
 The table is ours, so that sizes are checked before anything else looks at the bytes; the numbers come from
-csrc/dequantize.cpp or, for types that are rarely met, the gguf package's NumPy code, which are called only
+csrc/dequantize*.cpp or, for types that are rarely met, the gguf package's NumPy code, which are called only
 with bytes whose count follows from type and shape.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import gguf
 import numpy as np
@@ -62,6 +63,9 @@ def decode(data: np.ndarray, kind: GgmlType, columns: int) -> torch.Tensor:
         return torch.empty((0, columns), dtype=torch.float32)
     if kind.name in _kernels.GGML_TYPES:
         return torch.from_numpy(_kernels.decode_ggml(kind.name, rows.reshape(-1))).view(-1, columns)
+    if kind.name in _kernels.GGML_CODEBOOKS:
+        values = _kernels.decode_codebook(kind.name, rows.reshape(-1), grid_of(kind))
+        return torch.from_numpy(values).view(-1, columns)
     try:
         qtype = gguf.GGMLQuantizationType(kind.number)
     except ValueError:
@@ -71,6 +75,15 @@ def decode(data: np.ndarray, kind: GgmlType, columns: int) -> torch.Tensor:
     with np.errstate(all="ignore"):  # a scale may be anything; what is not finite is refused by its index
         values = gguf.quants.dequantize(rows, qtype)
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(-1, columns)
+
+
+@cache
+def grid_of(kind: GgmlType) -> np.ndarray:
+    """int8 [rows, columns]: the vectors an i-quant's indices stand for, a constant of the format."""
+    quant = gguf.quants._type_traits[gguf.GGMLQuantizationType(kind.number)]
+    quant.init_grid()
+    assert quant.grid is not None
+    return np.ascontiguousarray(quant.grid[0, 0], dtype=np.int8)
 
 
 def encode(values: np.ndarray, kind: GgmlType) -> np.ndarray:
