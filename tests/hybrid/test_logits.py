@@ -197,5 +197,5 @@ def test_forced_linear_that_is_not_there(nano_bundle: Path, monkeypatch: pytest.
     with pytest.raises(UsageError, match="KTTOOLS_DEVICE_LINEAR must be one of auto, packed, triton, dense"):
         kt.load(nano_bundle, device="cpu:0", threads=1)
     monkeypatch.setenv("KTTOOLS_DEVICE_LINEAR", "triton")
-    with pytest.raises(HardwareError, match="Triton is not installed|kernels need a CUDA device"):
+    with pytest.raises(HardwareError, match=r"Triton is not installed|kernels need a CUDA device"):
         kt.load(nano_bundle, device="cpu:0", threads=1)
