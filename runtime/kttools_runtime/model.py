@@ -18,6 +18,7 @@ from .linear import Linear, LinearSpec, Placement, TorchLinear
 from .mlp import GatedMLP
 from .moe import MoELayer, RoutedExperts
 from .norm import RMSNorm
+from .preload import PackReader
 from .rope import Rope
 from .step import NativeHalves
 from .torch_threads import set_torch_threads
@@ -136,6 +137,10 @@ class Model:
             layer.router.table = (
                 None if table is None else table.policies[index].to(layer.router.weight.device)
             )
+
+    def pack_reader(self) -> PackReader:
+        """What reads the experts' packs into memory; it is not started yet."""
+        return PackReader({index: moe.experts.layer for index, moe in self.moe_layers.items()})
 
     def new_cache(self, cache_len: int | None = None) -> KVCache:
         """An empty cache for `cache_len` tokens (default: the model's cache_len)."""
