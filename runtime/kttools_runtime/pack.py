@@ -21,7 +21,7 @@ import xxhash
 
 from . import _kernels
 from .errors import InvalidInputError, PackFormatError
-from .page_cache import ask_for_huge_pages
+from .huge_pages import ask_for_huge_pages
 from .weights import check_sum_inputs
 
 MAGIC = b"KTEXPERT"

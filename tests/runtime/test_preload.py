@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 import kttools_runtime as kt
+from kttools_runtime.huge_pages import mapped_bytes
 from kttools_runtime.pack import read_pack_header
-from kttools_runtime.page_cache import mapped_bytes
 from kttools_runtime.preload import PackReader
 
 

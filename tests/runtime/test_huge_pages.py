@@ -5,8 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from kttools_runtime.page_cache import LEAST_FILE_BYTES, ask_for_huge_pages, mapped_bytes
+from kttools_runtime.huge_pages import (
+    HUGE_PAGE,
+    LEAST_FILE_BYTES,
+    ask_for_huge_pages,
+    in_huge_pages,
+    mapped_bytes,
+)
 
 SMAPS = """7f0000000000-7f0000400000 r--s 00000000 fe:00 12    /models/layer-00001.ktpack
 Size:               4096 kB
@@ -42,6 +49,15 @@ def test_asks_for_large_files_only(tmp_path: Path, size: int, is_asked: bool) ->
         ask_for_huge_pages(mapping)
         assert ("hg" in flags_of(path.name)) == is_asked
         assert mapping[size - 1] == 0
+
+
+@pytest.mark.parametrize("rows", [4, 4096])
+def test_a_copy_is_the_same_numbers(rows: int) -> None:
+    whole = torch.randn(rows, 1024, 2).to(torch.bfloat16)
+    copy = in_huge_pages(whole[..., 1])
+    assert copy.is_contiguous()
+    assert torch.equal(copy, whole[..., 1])
+    assert (copy.data_ptr() % HUGE_PAGE == 0) or rows == 4
 
 
 def flags_of(name: str) -> list[str]:
