@@ -51,7 +51,7 @@ $(VENV)/.installed: pyproject.toml $(NATIVE) $(VENV)/.torch
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.installed
-	$(BIN)/python -c 'from importlib.metadata import requires; print(*[r.split(";")[0] for r in requires("kttools") if "extra == \"dev\"" in r], sep="\n")' > $(VENV)/dev.txt
+	$(BIN)/python -c 'from importlib.metadata import requires; d = "extra == \"dev\""; print(*[r.replace(f" and {d}", "").replace(f"; {d}", "") for r in requires("kttools") if d in r], sep="\n")' > $(VENV)/dev.txt
 	$(PIP) -r $(VENV)/dev.txt
 	touch $@
 

@@ -53,8 +53,9 @@ def sources() -> list[str]:
     return found
 
 
-# -O1 comes last and counts: instrumented and optimised, a file of kernels takes gcc twenty times as long.
-sanitize_flags = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"] if SANITIZE else []
+# -O1 and -g1 come last and count: gcc takes a minute a file to optimise instrumented kernels, and another to
+# track variables for a debugger; lines are enough for a report.
+sanitize_flags = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-O1", "-g1"] if SANITIZE else []
 extension = Pybind11Extension(
     "kttools_runtime._kernels",
     sources(),

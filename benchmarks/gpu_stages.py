@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 import kttools_runtime as kt
-from kttools_runtime.hybrid import linears
+from kttools_runtime.hybrid import fused_router, linears
 from kttools_runtime.hybrid.devices import parse_devices
 from kttools_runtime.hybrid.packed_layout import packed_layout
+from kttools_runtime.manifest import load_manifest
 from kttools_runtime.weights import LinearWeights
 
 SHAPE = (1536, 7168)  # q_a_proj of DeepSeek-V3
 LINEAR_ROWS = (1, 16, 128, 1024)
 PROMPTS = (64, 512, 2048)
+ROUTED_ROWS = (1, 64, 1024)
 TOKENS = 60
 
 
@@ -109,6 +111,25 @@ def linear_times(device: str, _: list[Path]) -> dict[str, Any]:
     return {**found, "chosen": type(made).__name__, "expanded_from_rows": made.dense_rows}
 
 
+def router_times(device: str, bundles: list[Path]) -> dict[str, Any]:
+    """Milliseconds of the bundle's router by rows: torch's operations, and our kernel with Triton."""
+    place = parse_devices(device)
+    if place is None:
+        raise SystemExit(f"{device} is no device of the hybrid path")
+    where, config = place.torch_devices[0], load_manifest(bundles[0]).model
+    biased = (config.router == "sigmoid_bias_groups", config.router_bias)
+    router = fused_router.random_router(config, config.num_experts_per_tok, biased, where)
+    kinds: dict[str, Any] = {"torch": router}
+    if versions()["triton"] and where.type == "cuda":
+        kinds["fused"] = fused_router.FusedRouter(router)
+    found: dict[str, Any] = {"experts": config.n_routed_experts, "groups": config.n_group}
+    for name, route in kinds.items():
+        inputs = {rows: torch.randn(rows, config.hidden_size, device=where) for rows in ROUTED_ROWS}
+        found[name] = {str(rows): milliseconds(route, x) for rows, x in inputs.items()}
+    chosen: Any = fused_router.fastest_route(router)
+    return {**found, "chosen": type(chosen).__name__}
+
+
 def milliseconds(linear: Any, x: torch.Tensor) -> float:
     """Median of five times five calls; a simulated device, whose times mean nothing, makes one."""
     calls = 5 if x.is_cuda else 1
@@ -176,4 +197,5 @@ STAGES: dict[str, Callable[[str, list[Path]], dict[str, Any]]] = {
     "logits": logits,
     "memory": memory,
     "prefill": prefill,
+    "router": router_times,
 }

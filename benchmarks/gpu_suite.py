@@ -129,6 +129,7 @@ def stages(suite: Suite, given: argparse.Namespace) -> None:
     options = ["--device", suite.device, "--steps", str(given.steps), "--context", str(given.context)]
     command = [str(REPO / "benchmarks" / "hybrid.py"), str(large), *options, "--hot", hot, "--json"]
     suite.run("slice", command, with_hot_off)
+    suite.run("router", [*own, "router", str(large)])
     suite.run("memory", [*own, "memory", str(large)])
     suite.run("prefill", [*own, "prefill", str(large)])
 

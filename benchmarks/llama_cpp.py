@@ -46,6 +46,16 @@ def kttools(*arguments: object) -> None:
     run(sys.executable, "-m", "kttools", *arguments, "--quiet", "--force")
 
 
+def quantize(file: Path, bundle: Path, experts: str, linears: str) -> bool:
+    """False when the file's blocks cannot be kept, as with rows that K-quants do not fill."""
+    command = [sys.executable, "-m", "kttools", "quantize", file, "-o", bundle, "--quiet", "--force"]
+    command += ["--cpu-format", experts, "--gpu-format", linears]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if done.returncode and "keeps the blocks" not in done.stderr:
+        raise SystemExit(f"kttools quantize ended with {done.returncode}: {done.stderr[-400:]}")
+    return done.returncode == 0
+
+
 @dataclass(frozen=True)
 class Peer:
     """llama.cpp's programs."""
@@ -160,7 +170,12 @@ def compare_logits(peer: Peer, files: dict[str, Path], options: argparse.Namespa
             if experts == "q4_k" and kind == "BF16":
                 continue  # nothing to keep
             bundle = work / f"{kind}-{experts}"
-            kttools("quantize", file, "-o", bundle, "--cpu-format", experts, "--gpu-format", linears)
+            if not quantize(file, bundle, experts, linears):
+                print(
+                    f"| {kind} | {experts}, {linears}, {dtype} | refused: blocks of another kind ||||",
+                    flush=True,
+                )
+                continue
             got = agreement(saved, bos, bundle, dtype, options.threads)
             worst = max(worst, got.kl)
             columns = [kind, f"{experts}, {linears}, {dtype}", f"{got.kl:.5f} +- {got.kl_error:.5f}"]

@@ -57,30 +57,66 @@ Router::Router(std::shared_ptr<Engine> engine, const RouterShape& shape, const f
   round_bf16(weight, count, weight_bf16_.data());
 }
 
-void Router::forward(const float* x, int rows, int64_t* ids, float* weights, float* scores) {
+// What choosing for one row needs beside its scores.
+struct Router::Scratch {
+  explicit Scratch(const RouterShape& shape)
+      : choice(static_cast<size_t>(shape.num_experts)),
+        group(static_cast<size_t>(shape.groups)),
+        is_kept(group.size()),
+        ids(static_cast<size_t>(shape.k)),
+        weights(ids.size()),
+        scores(ids.size()) {}
+
+  std::vector<float> choice, group;
+  std::vector<uint8_t> is_kept;
+  std::vector<int64_t> ids;  // the native choice, where a rule makes another of it
+  std::vector<float> weights, scores;
+};
+
+void Router::forward(const float* x, int rows, const TokenChoice& out, const ExpertRule* rule) {
   const auto experts = static_cast<size_t>(shape_.num_experts), width = static_cast<size_t>(shape_.hidden_size);
-  const auto k = static_cast<size_t>(shape_.k);
+  if (rule) check_rule(*rule);
   scores_.resize(static_cast<size_t>(rows) * experts);
   const size_t item = weight_bf16_.empty() ? sizeof(float) : sizeof(uint16_t);
   const int workers = engine_->workers_for(experts * width * item, rows);
   // Few tokens share out the experts, many themselves.
   const int cuts = rows < 4 * workers ? workers : 1;
-  const auto choose_row = [&](size_t row) {
-    choose(scores_.data() + row * experts, ids + row * k, weights + row * k, scores ? scores + row * k : nullptr);
-  };
   UnitCounter next;
   engine_->pool().run(workers, [&](int) {
+    Scratch scratch(shape_);
     for (int unit = next.take(); unit < rows * cuts; unit = next.take()) {
       const auto row = static_cast<size_t>(unit / cuts);
       const int cut = unit % cuts;
       float* all = scores_.data() + row * experts;
       logits(x + row * width, shape_.num_experts * cut / cuts, shape_.num_experts * (cut + 1) / cuts, all);
-      if (cuts == 1) choose_row(row);
+      if (cuts == 1) choose_row(all, row, out, rule, scratch);
     }
   });
-  for (size_t row = 0; cuts > 1 && row < static_cast<size_t>(rows); ++row) {
-    choose_row(row);
+  if (cuts == 1) return;
+  Scratch scratch(shape_);
+  for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
+    choose_row(scores_.data() + row * experts, row, out, rule, scratch);
   }
+}
+
+void Router::check_rule(const ExpertRule& rule) const {
+  const RuleShape& other = rule.shape();
+  if (other.num_experts == shape_.num_experts && other.choices == shape_.k) return;
+  throw std::invalid_argument("a rule for " + std::to_string(other.choices) + " of " +
+                              std::to_string(other.num_experts) + " experts, but the router chooses " +
+                              std::to_string(shape_.k) + " of " + std::to_string(shape_.num_experts));
+}
+
+// `out` of all rows.
+void Router::choose_row(float* scores, size_t row, const TokenChoice& out, const ExpertRule* rule,
+                        Scratch& scratch) const {
+  const auto k = static_cast<size_t>(shape_.k), first = row * static_cast<size_t>(width(rule));
+  if (!rule) {
+    return choose(scores, {out.ids + first, out.weights + first, out.scores ? out.scores + row * k : nullptr}, scratch);
+  }
+  const TokenChoice native = {scratch.ids.data(), scratch.weights.data(), scratch.scores.data()};
+  choose(scores, native, scratch);
+  rule->select(native, out.ids + first, out.weights + first);
 }
 
 // Of experts [begin, end).
@@ -94,7 +130,7 @@ void Router::logits(const float* x, int begin, int end, float* out) const {
   for (int e = begin; e < end && !logit_bias_.empty(); ++e) out[e] += logit_bias_[static_cast<size_t>(e)];
 }
 
-void Router::choose(float* scores, int64_t* ids, float* weights, float* chosen) const {
+void Router::choose(float* scores, const TokenChoice& out, Scratch& scratch) const {
   const auto experts = static_cast<size_t>(shape_.num_experts);
   if (shape_.kind == RouterKind::kSigmoidBiasGroups) {
     for (size_t e = 0; e < experts; ++e) scores[e] = 1.0f / (1.0f + std::exp(-scores[e]));
@@ -104,27 +140,27 @@ void Router::choose(float* scores, int64_t* ids, float* weights, float* chosen) 
     for (size_t e = 0; e < experts; ++e) total += scores[e] = std::exp(scores[e] - largest);
     for (size_t e = 0; e < experts; ++e) scores[e] /= total;
   }
-  std::vector<float> choice(experts);
+  std::vector<float>& choice = scratch.choice;
   for (size_t e = 0; e < experts; ++e) choice[e] = comparable(scores[e] + (bias_.empty() ? 0.0f : bias_[e]));
-  limit_groups(choice);
+  limit_groups(scratch);
   float total = 0.0f;
   for (int i = 0; i < shape_.k; ++i) {
     const int best = index_of_largest(choice);
-    if (chosen) chosen[i] = choice[static_cast<size_t>(best)];
+    if (out.scores) out.scores[i] = choice[static_cast<size_t>(best)];
     choice[static_cast<size_t>(best)] = -kInfinity;
-    ids[i] = best;
-    weights[i] = scores[best];
+    out.ids[i] = best;
+    out.weights[i] = scores[best];
     total += scores[best];
   }
   const float scale = shape_.normalise ? shape_.scale / (total + kNormEps) : shape_.scale;
-  for (int i = 0; i < shape_.k; ++i) weights[i] *= scale;
+  for (int i = 0; i < shape_.k; ++i) out.weights[i] *= scale;
 }
 
 // A group's score: the sum of its two best choices (sigmoid), or its best (softmax).
-void Router::limit_groups(std::vector<float>& choice) const {
+void Router::limit_groups(Scratch& scratch) const {
   if (shape_.top_groups == shape_.groups) return;
   const int size = shape_.num_experts / shape_.groups;
-  std::vector<float> group(static_cast<size_t>(shape_.groups));
+  std::vector<float>&choice = scratch.choice, &group = scratch.group;
   for (int g = 0; g < shape_.groups; ++g) {
     float first = -kInfinity, second = -kInfinity;
     for (int e = g * size; e < (g + 1) * size; ++e) {
@@ -135,14 +171,14 @@ void Router::limit_groups(std::vector<float>& choice) const {
     const bool sum_of_two = shape_.kind == RouterKind::kSigmoidBiasGroups;
     group[static_cast<size_t>(g)] = comparable(sum_of_two ? first + second : first);
   }
-  std::vector<bool> kept(group.size());
+  std::fill(scratch.is_kept.begin(), scratch.is_kept.end(), uint8_t{0});
   for (int i = 0; i < shape_.top_groups; ++i) {
     const auto best = static_cast<size_t>(index_of_largest(group));
-    kept[best] = true;
+    scratch.is_kept[best] = 1;
     group[best] = -kInfinity;
   }
   for (size_t e = 0; e < choice.size(); ++e) {
-    if (!kept[e / static_cast<size_t>(size)]) choice[e] = -kInfinity;
+    if (!scratch.is_kept[e / static_cast<size_t>(size)]) choice[e] = -kInfinity;
   }
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine.h"
+#include "expert_rule.h"
 
 namespace kt {
 
@@ -33,14 +34,21 @@ class Router {
 
   const RouterShape& shape() const { return shape_; }
 
-  // x [rows, hidden_size] -> ids and weights [rows, k], best first. Equal choices: the lower id first. scores [rows, k],
-  // what was compared, or null.
-  void forward(const float* x, int rows, int64_t* ids, float* weights, float* scores = nullptr);
+  // Ids and weights of a row under a rule, which may be null.
+  int width(const ExpertRule* rule) const { return rule ? rule->width() : shape_.k; }
+
+  // x [rows, hidden_size] -> ids and weights [rows, width(rule)], best first. Equal choices: the lower id first. scores
+  // [rows, k], what was compared, or null, as with a rule. Throws std::invalid_argument for another router's rule.
+  void forward(const float* x, int rows, const TokenChoice& out, const ExpertRule* rule = nullptr);
 
  private:
+  struct Scratch;
+
+  void check_rule(const ExpertRule& rule) const;
+  void choose_row(float* scores, size_t row, const TokenChoice& out, const ExpertRule* rule, Scratch& scratch) const;
   void logits(const float* x, int begin, int end, float* out) const;
-  void choose(float* scores, int64_t* ids, float* weights, float* chosen) const;
-  void limit_groups(std::vector<float>& choice) const;
+  void choose(float* scores, const TokenChoice& out, Scratch& scratch) const;
+  void limit_groups(Scratch& scratch) const;
 
   std::shared_ptr<Engine> engine_;
   RouterShape shape_;

@@ -97,24 +97,25 @@ MoeStep::MoeStep(std::shared_ptr<Engine> engine, Norm norm, Router* router, Expe
   if (!shared_gate_.empty()) check_size(static_cast<int>(shared_gate_.size()), norm_.size(), "shared expert's gate");
 }
 
-void MoeStep::forward(float* hidden, int rows) {
+void MoeStep::forward(float* hidden, int rows, const ExpertRule* rule) {
   std::lock_guard<std::mutex> stepping(engine_->stepping());
   float* x = reserve_floats(engine_->step.normed, rows, hidden_size());
-  std::vector<int64_t> ids(static_cast<size_t>(rows) * static_cast<size_t>(choices()));
+  const int k = router_->width(rule);
+  std::vector<int64_t> ids(static_cast<size_t>(rows) * static_cast<size_t>(k));
   std::vector<float> weights(ids.size());
-  choose(hidden, rows, x, ids.data(), weights.data(), nullptr);
-  mix(hidden, x, rows, {ids.data(), weights.data(), choices()});
+  choose(hidden, rows, x, {ids.data(), weights.data(), nullptr}, rule);
+  mix(hidden, x, rows, {ids.data(), weights.data(), k});
 }
 
-void MoeStep::route(const float* hidden, int rows, float* x, int64_t* ids, float* weights, float* scores) {
+void MoeStep::route(const float* hidden, int rows, float* x, const TokenChoice& out, const ExpertRule* rule) {
   std::lock_guard<std::mutex> stepping(engine_->stepping());
-  choose(hidden, rows, x, ids, weights, scores);
+  choose(hidden, rows, x, out, rule);
 }
 
-void MoeStep::choose(const float* hidden, int rows, float* x, int64_t* ids, float* weights, float* scores) {
+void MoeStep::choose(const float* hidden, int rows, float* x, const TokenChoice& out, const ExpertRule* rule) {
   const auto width = static_cast<size_t>(hidden_size());
   each_row(*engine_, rows, [&](size_t r) { norm_.apply(hidden + r * width, x + r * width); });
-  router_->forward(x, rows, ids, weights, scores);
+  router_->forward(x, rows, out, rule);
 }
 
 void MoeStep::forward_routed(float* hidden, const float* x, int rows, const Routing& routing) {

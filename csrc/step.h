@@ -102,16 +102,16 @@ class MoeStep {
   MoeStep(std::shared_ptr<Engine> engine, Norm norm, Router* router, ExpertLayer* experts,
           std::unique_ptr<GatedMlp> shared, std::vector<float> shared_gate);
   int hidden_size() const { return norm_.size(); }
-  void forward(float* hidden, int rows);
-  int choices() const { return router_->shape().k; }
-  // The first part of forward(): x [rows, hidden_size], the normed hidden, and its choice, [rows, choices()] each;
-  // scores: what was compared, or null.
-  void route(const float* hidden, int rows, float* x, int64_t* ids, float* weights, float* scores);
+  // rule: what is kept of the router's choice, or null.
+  void forward(float* hidden, int rows, const ExpertRule* rule = nullptr);
+  const Router& router() const { return *router_; }
+  // The first part of forward(): x [rows, hidden_size], the normed hidden, and its choice as Router::forward gives it.
+  void route(const float* hidden, int rows, float* x, const TokenChoice& out, const ExpertRule* rule = nullptr);
   // The second: x and a choice of its rows, route()'s own or what somebody made of it.
   void forward_routed(float* hidden, const float* x, int rows, const Routing& routing);
 
  private:
-  void choose(const float* hidden, int rows, float* x, int64_t* ids, float* weights, float* scores);
+  void choose(const float* hidden, int rows, float* x, const TokenChoice& out, const ExpertRule* rule);
   void mix(float* hidden, const float* x, int rows, const Routing& routing);
   void add_shared(const float* x, int rows, float* hidden) const;
 

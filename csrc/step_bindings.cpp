@@ -2,46 +2,12 @@
 
 #include "gqa_bindings.h"
 #include "latent_step.h"
-#include "router.h"
+#include "router_bindings.h"
 #include "step.h"
 #include "step_arguments.h"
 
 namespace kt {
 namespace {
-
-RouterKind router_kind(const std::string& name) {
-  if (name == "sigmoid_bias_groups") return RouterKind::kSigmoidBiasGroups;
-  if (name == "softmax_groups") return RouterKind::kSoftmaxGroups;
-  fail("unknown router " + name + ": expected sigmoid_bias_groups or softmax_groups");
-}
-
-std::unique_ptr<Over<Router>> make_router(std::shared_ptr<Engine> engine, const std::string& kind, int groups,
-                                          int top_groups, int k, bool normalise, float scale, const py::array& weight,
-                                          const std::optional<py::array>& bias,
-                                          const std::optional<py::array>& logit_bias) {
-  if (weight.ndim() != 2) fail("weight must have 2 dimensions, got " + shape_text(weight));
-  const RouterShape shape = {router_kind(kind),
-                             checked_int(weight.shape(0), "experts"),
-                             checked_int(weight.shape(1), "hidden_size"),
-                             groups,
-                             top_groups,
-                             k,
-                             normalise,
-                             scale};
-  const float* data = read<float>(weight, "weight", {shape.num_experts, shape.hidden_size});
-  return keep({weight},
-              Router(std::move(engine), shape, data, floats_of(bias, "bias"), floats_of(logit_bias, "logit_bias")));
-}
-
-void route(Over<Router>& self, const py::array& x, py::array ids, py::array weights) {
-  const RouterShape& shape = self.value.shape();
-  const int rows = step_rows(x);
-  const float* data = read<float>(x, "x", {rows, shape.hidden_size});
-  int64_t* id = write<int64_t>(ids, "ids", {rows, shape.k});
-  float* weight = write<float>(weights, "weights", {rows, shape.k});
-  py::gil_scoped_release release;
-  self.value.forward(data, rows, id, weight);
-}
 
 std::unique_ptr<Over<DenseStep>> make_dense(std::shared_ptr<Engine> engine, const NormArgs& norm,
                                             const Linears& gate_up, py::object down) {
@@ -61,8 +27,7 @@ std::unique_ptr<Over<MoeStep>> make_moe(std::shared_ptr<Engine> engine, const No
   return keep(together(shared_gate_up, {router, experts, shared_down}), std::move(step));
 }
 
-template <typename Step>
-void forward_mlp(Over<Step>& self, py::array hidden) {
+void forward_dense(Over<DenseStep>& self, py::array hidden) {
   const int rows = step_rows(hidden);
   float* data = write<float>(hidden, "hidden", {rows, self.value.hidden_size()});
   py::gil_scoped_release release;
@@ -80,16 +45,21 @@ LatentWeights latent_weights(const LatentShape& shape, const py::array& up_key, 
           read<uint16_t>(up_value, "up_value", {shape.heads, shape.value, shape.latent})};
 }
 
+void forward_moe(Over<MoeStep>& self, py::array hidden, const ExpertRule* rule) {
+  const int rows = step_rows(hidden);
+  float* data = write<float>(hidden, "hidden", {rows, self.value.hidden_size()});
+  py::gil_scoped_release release;
+  self.value.forward(data, rows, rule);
+}
+
 void route_step(Over<MoeStep>& self, const py::array& hidden, py::array x, py::array ids, py::array weights,
-                py::array scores) {
-  const int rows = step_rows(hidden), width = self.value.hidden_size(), k = self.value.choices();
+                std::optional<py::array> scores, const ExpertRule* rule) {
+  const int rows = step_rows(hidden), width = self.value.hidden_size();
   const float* data = read<float>(hidden, "hidden", {rows, width});
   float* normed = write<float>(x, "x", {rows, width});
-  int64_t* id = write<int64_t>(ids, "ids", {rows, k});
-  float* weight = write<float>(weights, "weights", {rows, k});
-  float* score = write<float>(scores, "scores", {rows, k});
+  const TokenChoice out = choice_of(self.value.router(), rows, ids, weights, scores, rule);
   py::gil_scoped_release release;
-  self.value.route(data, rows, normed, id, weight, score);
+  self.value.route(data, rows, normed, out, rule);
 }
 
 void forward_routed(Over<MoeStep>& self, py::array hidden, const py::array& x, const py::array& ids,
@@ -137,19 +107,16 @@ void forward_latent(Over<LatentStep>& self, py::array hidden, const py::array& r
 void bind_steps(py::module_& m) {
   m.attr("MAX_STEP_ROWS") = kMaxStepRows;
   bind_gqa(m);
-  py::class_<Over<Router>>(m, "Router")
-      .def(py::init(&make_router), py::arg("engine"), py::arg("kind"), py::arg("groups"), py::arg("top_groups"),
-           py::arg("k"), py::arg("normalise"), py::arg("scale"), py::arg("weight"), py::arg("bias") = py::none(),
-           py::arg("logit_bias") = py::none())
-      .def("forward", &route, py::arg("x"), py::arg("ids"), py::arg("weights"));
+  bind_router(m);
   py::class_<Over<DenseStep>>(m, "DenseStep")
       .def(py::init(&make_dense), py::arg("engine"), py::arg("norm"), py::arg("gate_up"), py::arg("down"))
-      .def("forward", &forward_mlp<DenseStep>, py::arg("hidden"));
+      .def("forward", &forward_dense, py::arg("hidden"));
   py::class_<Over<MoeStep>>(m, "MoeStep")
       .def(py::init(&make_moe), py::arg("engine"), py::arg("norm"), py::arg("router"), py::arg("experts"),
            py::arg("shared_gate_up"), py::arg("shared_down") = py::none(), py::arg("shared_gate") = py::none())
-      .def("forward", &forward_mlp<MoeStep>, py::arg("hidden"))
-      .def("route", &route_step, py::arg("hidden"), py::arg("x"), py::arg("ids"), py::arg("weights"), py::arg("scores"))
+      .def("forward", &forward_moe, py::arg("hidden"), py::arg("rule") = py::none())
+      .def("route", &route_step, py::arg("hidden"), py::arg("x"), py::arg("ids"), py::arg("weights"),
+           py::arg("scores") = py::none(), py::arg("rule") = py::none())
       .def("forward_routed", &forward_routed, py::arg("hidden"), py::arg("x"), py::arg("ids"), py::arg("weights"));
   py::class_<Over<LatentStep>>(m, "LatentStep")
       .def(py::init(&make_latent), py::arg("engine"), py::arg("rope"), py::arg("softmax_scale"), py::arg("norm"),

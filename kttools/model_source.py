@@ -63,12 +63,15 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def ensure_bundle(
-    path: Path, quantise: Callable[[Path, Path, Path | None], None], weights: Path | None = None
+    path: Path,
+    quantise: Callable[[Path, Path, Path | None], None],
+    weights: Path | None = None,
+    form: str = "",
 ) -> Path:
     """A bundle for path: itself, or its form in the cache, made by quantise(source, target, weights).
 
-    weights: GGUF that replaces the weights of path. Two processes that want the same bundle wait for each
-    other.
+    weights: GGUF that replaces the weights of path. form: a name for formats other than the default ones. Two
+    processes that want the same bundle wait for each other.
     """
     if is_bundle(path) and weights is None:
         return path
@@ -77,7 +80,7 @@ def ensure_bundle(
             f"{path}: neither a bundle ({MANIFEST}) nor a checkpoint ({CONFIG}, {GGUF_SUFFIX})"
         )
     mark = fingerprint(path) if weights is None else _combined(fingerprint(path), fingerprint(weights))
-    target = cache_dir() / "bundles" / f"{_plain_name(weights or path)}-{mark[:16]}"
+    target = cache_dir() / "bundles" / f"{_plain_name(weights or path)}-{mark[:16]}{form and f'-{form}'}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.with_name(target.name + ".lock")):
         if not is_bundle(target):
@@ -127,11 +130,14 @@ def _combined(*marks: str) -> str:
     return hashlib.sha256("\0".join(marks).encode()).hexdigest()
 
 
+def names_model(file: Path) -> bool:
+    """Whether a file's name stands for a model: GGUF, or the manifest or config of a directory."""
+    return file.suffix == GGUF_SUFFIX or file.name in (MANIFEST, CONFIG)
+
+
 def _directory_of(file: Path) -> Path:
-    if file.name in (MANIFEST, CONFIG):
-        return file.parent
-    if file.suffix == GGUF_SUFFIX:
-        return file
+    if names_model(file):
+        return file if file.suffix == GGUF_SUFFIX else file.parent
     raise InvalidInputError(
         f"{file}: expected a directory (a bundle or a checkpoint) or a {GGUF_SUFFIX} file"
     )

@@ -137,15 +137,20 @@ def announce(load: LoadOptions, plan: Any) -> None:
         notice(numa.line())
 
 
-def quantise_in_cache(source: Path, target: Path, weights: Path | None = None) -> None:
-    """Makes the bundle of a checkpoint with the default formats; the plan goes to stderr (the answer alone
-    belongs on stdout)."""
+def quantise_in_cache(
+    source: Path, target: Path, weights: Path | None = None, formats: tuple[str, ...] = ()
+) -> None:
+    """Makes the bundle of a checkpoint; the plan goes to stderr (the answer alone belongs on stdout).
+
+    formats: options of quantize; the default formats without.
+    """
     from kttools.commands.quantize import command as quantize
 
     notice(f"{source} is a checkpoint, not a bundle: quantising it once into {target}")
     context = click.get_current_context()
     with context.scope(), contextlib.redirect_stdout(sys.stderr):
         arguments = [str(source), "-o", str(target), *(["--gguf_path", str(weights)] if weights else [])]
+        arguments += formats
         with quantize.make_context("quantize", arguments, parent=context.parent) as inner:
             quantize.invoke(inner)
 

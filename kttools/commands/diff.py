@@ -1,12 +1,13 @@
 """kttools diff: two models compared tensor by tensor."""
 
 import json
+import math
 
 import click
 
 from kttools import options
 from kttools.progress import ByteProgress
-from kttools_runtime.errors import QualityGateError
+from kttools_runtime.errors import QualityGateError, UsageError
 
 EPILOG = """\b
 Examples:
@@ -32,6 +33,8 @@ def command(first: str, second: str, worst: int, max_relative_rms: float | None,
     For every tensor: the relative RMS of the difference, its largest value and the cosine. Experts are
     compared one by one; names are those of a bundle.
     """
+    if max_relative_rms is not None and not math.isfinite(max_relative_rms):
+        raise UsageError(f"--max-relative-rms must be a finite number, got {max_relative_rms}")
     from kttools.eval.diff import compare, work_bytes
     from kttools.eval.diff_text import as_text
     from kttools.model_source import open_source

@@ -1,12 +1,14 @@
 """kttools eval: perplexity, and the distance from a reference."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from kttools import options
+from kttools.model_source import names_model
 from kttools.progress import ByteProgress
 from kttools_runtime.errors import UsageError
 
@@ -17,12 +19,18 @@ Examples:
   kttools eval ./bundle --reference full.ktref
   kttools eval ./bundle --device cuda:0 --defer-up-to 4 --data jsonl:text.jsonl
 """
+# A reference that is no bundle becomes one of this form in the cache.
+FULL_FORMATS = ("--cpu-format", "bf16", "--gpu-format", "bf16")
 
 
 @click.command("eval", epilog=EPILOG, short_help="Measure perplexity, and the distance from a reference.")
 @options.model_argument
 @click.option("--data", multiple=True, metavar="SPEC", help="Text, one spec per domain.")
-@click.option("--reference", metavar="MODEL|FILE", help="A bundle, or a file of --write-reference.")
+@click.option(
+    "--reference",
+    metavar="MODEL|FILE",
+    help="The full model (a checkpoint or GGUF is kept in bf16), or a file of --write-reference.",
+)
 @click.option(
     "--write-reference",
     type=click.Path(path_type=Path),
@@ -61,7 +69,7 @@ def command(ctx: click.Context, **given: Any) -> None:
 
 def _check(given: dict[str, Any]) -> None:
     reference, target = given["reference"], given["write_reference"]
-    is_file = reference is not None and Path(reference).is_file()
+    is_file = is_reference_file(reference)
     if is_file and given["data"]:
         raise UsageError("a reference file brings its own text: leave out --data")
     if not is_file and not given["data"]:
@@ -73,7 +81,21 @@ def _check(given: dict[str, Any]) -> None:
         )
     if target is not None and reference is not None:
         raise UsageError("--write-reference writes MODEL's own predictions: leave out --reference")
-    if target is not None and target.exists() and not given["force"]:
+    if target is not None:
+        _check_target(target, given["force"])
+
+
+def is_reference_file(text: str | None) -> bool:
+    """Whether --reference names a file of answers; a file may also mean a model."""
+    path = Path(text) if text else None
+    return path is not None and path.is_file() and not names_model(path)
+
+
+def _check_target(target: Path, is_forced: bool) -> None:
+    """Before the work: the file will be written after hours of it."""
+    if target.is_dir() or not target.parent.is_dir():
+        raise UsageError(f"{target}: expected the name of a file in a directory that exists")
+    if target.exists() and not is_forced:
         raise UsageError(f"{target}: already exists; choose another name, or --force to replace it")
 
 
@@ -86,7 +108,7 @@ def _run(model_name: str, given: dict[str, Any]) -> None:
     from kttools.model_source import ensure_bundle, resolve_model
 
     reference = given["reference"]
-    file = read_reference(Path(reference)) if reference and Path(reference).is_file() else None
+    file = read_reference(Path(reference)) if is_reference_file(reference) else None
     bundle = ensure_bundle(resolve_model(model_name), quantise_in_cache)
     is_checked = not given["overcommit"]
     model: Any = kt.load(
@@ -119,8 +141,9 @@ def _run(model_name: str, given: dict[str, Any]) -> None:
                 return
             other = None
             if reference:
+                quantise = partial(quantise_in_cache, formats=FULL_FORMATS)
                 other = kt.load(
-                    resolve_model(reference),
+                    ensure_bundle(resolve_model(reference), quantise, form="bf16"),
                     dtype="float32",
                     threads=given["cpu_infer"],
                     expert_table="none",

@@ -72,7 +72,10 @@ POSITIVE = click.FloatRange(min=0, min_open=True, max=1e9)
     "--device", metavar="DEVICE", help="cpu, or GPUs of this machine (cuda:0,cuda:1) with what is free there."
 )
 @click.option(
-    "--gpu-experts", metavar="auto|N", help="Routed experts of every layer on the GPUs: as many as fit, or N."
+    "--gpu-experts",
+    metavar="auto|N|FILE",
+    help="Routed experts on the GPUs: as many as fit, N per layer, or those of a list; auto:FILE and N:FILE "
+    "choose, and predict, by an expert profile.",
 )
 @click.option(
     "--bandwidth",
@@ -139,16 +142,19 @@ def _report(model: str, path: Any, given: dict[str, Any]) -> Any:
         cpu_format = cpu_format or subject.default_cpu_format
         gpu_format = gpu_format or subject.default_gpu_format
     threads = given["cpu_infer"] or default_threads()
-    choice = Choice(cpu_format, gpu_format, 1, given["numa"], threads, given["gpu_experts"])
+    choice = Choice(cpu_format, gpu_format, 1, given["numa"], threads)
     layout = subject.layout(choice)
-    choice = replace(choice, cache_len=given["cache_lens"] or default_cache_len(layout.config))
     machine, names, vram_source = _machine(given)
-    _check_gpu_experts(given["gpu_experts"], bool(names), layout.config.n_routed_experts)
+    choice = replace(
+        choice,
+        cache_len=given["cache_lens"] or default_cache_len(layout.config),
+        gpu_experts=_gpu_experts(given["gpu_experts"], bool(names), layout.config),
+    )
     need = needs_of(subject, choice, machine)
     cpu = _cpu_ceilings(given, choice, layout.compute_format)
     gpu = _gpu_ceilings(given) if names else None
     on_gpu = gpu.ceilings if gpu else None
-    hot = speed(layout, choice.cache_len, cpu.ceilings, on_gpu, need.most_hot) if need.most_hot else None
+    hot = speed(layout, choice.cache_len, cpu.ceilings, on_gpu, need.most_share) if need.most_hot else None
     is_hub_id = bool(HUB_ID.fullmatch(model)) and path.name != model.rpartition("/")[2]
     return (
         Report(
@@ -161,7 +167,7 @@ def _report(model: str, path: Any, given: dict[str, Any]) -> Any:
             machine=machine,
             device_names=names,
             needs=need,
-            speed=speed(layout, choice.cache_len, cpu.ceilings, on_gpu, need.hot),
+            speed=speed(layout, choice.cache_len, cpu.ceilings, on_gpu, need.hot_share),
             hot_speed=hot,
             cpu=cpu,
             gpu=gpu,
@@ -205,13 +211,15 @@ def _gpus_here(device: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
     return tuple(int(torch.cuda.mem_get_info(int(name[5:]))[0]) for name in names), names
 
 
-def _check_gpu_experts(asked: str | None, has_gpu: bool, num_experts: int) -> None:
+def _gpu_experts(asked: str | None, has_gpu: bool, config: Any) -> Any:
+    """As a load reads it. Raises UsageError, InvalidInputError."""
+    from kttools_runtime.hybrid.hot_request import read_request
+
     if asked is None:
-        return
+        return None
     if not has_gpu:
         raise UsageError("--gpu-experts needs a GPU: --vram, --gpus or --device")
-    if asked != "auto" and not (asked.isdecimal() and int(asked) <= num_experts):
-        raise UsageError(f"--gpu-experts: expected auto or 0 to {num_experts}, got {asked!r}")
+    return read_request(asked, config)
 
 
 def _cpu_ceilings(given: dict[str, Any], choice: Any, compute_format: str) -> Any:
@@ -256,7 +264,7 @@ def _too_small(subject: Any, report: Any) -> str:
     )
     remedy = f"{formats}--cache_lens {fit.cache_len} --numa {fit.numa}"
     if fit.gpu_experts is not None:
-        remedy += f" --gpu-experts {fit.gpu_experts}"
+        remedy += f" --gpu-experts {fit.gpu_experts.text}"
     if len(machine.vram) != len(report.machine.vram):
         remedy += f" --gpus {len(machine.vram)} --vram {machine.vram[0] >> 20}M"
     need = needs_of(subject, fit, machine)

@@ -76,6 +76,8 @@ def open_model(path: str | Path, gguf_path: str | Path | None = None) -> SourceM
     if not directory.is_dir():
         raise InvalidInputError(f"{path}: no such model directory")
     config_file = directory / "config.json"
+    if (directory / "bundle.json").is_file() and not config_file.exists():
+        raise InvalidInputError(f"{path}: is a bundle, not a checkpoint; name what it was made from")
     config, family, model_config, notices = _read_directory(config_file)
     if gguf_path is not None:
         gguf = open_gguf(gguf_path, with_tokenizer=False)

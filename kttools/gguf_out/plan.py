@@ -104,21 +104,26 @@ def make_plan(
     if type_name not in FILE_TYPES:
         raise UsageError(f"unknown type {type_name!r}: expected one of {', '.join(FILE_TYPES)}")
     architecture = _architecture_for(source.config)
+    pairs = _pairs(source, architecture, type_name, target)
     jobs = tuple(_job(tensor, source.config, architecture, type_name) for tensor in source.tensors)
     experts = {layer: _experts(source, architecture, layer, type_name) for layer in source.moe_layers}
     tensors = [out for job in jobs for out in job.outputs] + [
         out for outs in experts.values() for out in outs
     ]
-    pairs = _pairs(source, architecture, type_name, target)
     return OutPlan(source, type_name, jobs, experts, _files(target, pairs, tensors, split_max_bytes))
 
 
 def _architecture_for(model: ModelConfig) -> Architecture:
-    for architecture in ARCHITECTURES:
-        if architecture.holds(model):
-            return architecture
+    """The one that holds the model; UnsupportedModelError says what the nearest one would need."""
+    gaps = [(architecture, architecture.gaps(model)) for architecture in ARCHITECTURES]
+    nearest, missing = min(gaps, key=lambda entry: len(entry[1]))
+    if not missing:
+        return nearest
     known = ", ".join(entry.name for entry in ARCHITECTURES)
-    raise UnsupportedModelError(f"this model cannot be written as any GGUF architecture we know ({known})")
+    raise UnsupportedModelError(
+        f"this model cannot be written as any GGUF architecture we know ({known}): "
+        f"{nearest.name}, the nearest, needs {' and '.join(missing)}"
+    )
 
 
 def _job(tensor: TensorSource, model: ModelConfig, architecture: Architecture, type_name: str) -> Job:

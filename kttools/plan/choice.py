@@ -14,6 +14,7 @@ from kttools.quantize.recipe import DEFAULT_GROUP_SIZE
 from kttools.quantize.rules import KEPT_FORMAT
 from kttools_runtime.errors import UsageError
 from kttools_runtime.experts import pack_format
+from kttools_runtime.hybrid.hot_request import HotRequest
 from kttools_runtime.load_plan import SHORTEST_CACHE
 
 from .layout import GPU_FORMATS, Layout, bundle_layout, smaller_cpu_formats, source_layout
@@ -26,7 +27,7 @@ MOST_GPUS = 4  # that a remedy asks for
 class Choice:
     """What the user may change. Formats are None for a bundle, which has its own.
 
-    gpu_experts: "auto", a number of routed experts of every layer, or None.
+    gpu_experts: routed experts on the GPUs, or None.
     """
 
     cpu_format: str | None
@@ -34,7 +35,7 @@ class Choice:
     cache_len: int
     numa: str
     threads: int
-    gpu_experts: str | None = None
+    gpu_experts: HotRequest | None = None
 
 
 class Subject(Protocol):
@@ -101,9 +102,10 @@ def nearest_fit(subject: Subject, choice: Choice, machine: Machine) -> tuple[Cho
     """The first of the smaller choices that fits; the machine differs by more GPUs of the same size alone."""
     for other, smaller in _smaller(choice, machine):
         found = needs_of(subject, smaller, other)
-        asked = smaller.gpu_experts or "auto"
-        if asked != "auto" and int(asked) > found.most_per_layer:
-            smaller = replace(smaller, gpu_experts=str(found.most_per_layer))
+        asked = smaller.gpu_experts
+        is_too_much = any(d.total > limit for d, limit in zip(found.devices, other.vram, strict=True))
+        if asked is not None and not asked.is_auto and is_too_much:
+            smaller = replace(smaller, gpu_experts=asked.with_number(found.most_per_layer))
             found = needs_of(subject, smaller, other)
         if found.fits(other):
             return smaller, other

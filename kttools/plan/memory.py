@@ -7,14 +7,10 @@ import torch
 
 from kttools_runtime import memory
 from kttools_runtime.config import ModelConfig
-from kttools_runtime.device_footprint import (
-    DeviceFootprint,
-    hot_rooms,
-    most_hot_experts,
-    with_full_rooms,
-    with_hot_experts,
-)
+from kttools_runtime.device_footprint import DeviceFootprint, hot_rooms, most_hot_experts, with_hot_experts
 from kttools_runtime.footprint import Footprint
+from kttools_runtime.hybrid.choose import choose_hot, hit_share
+from kttools_runtime.hybrid.hot_request import HotRequest
 from kttools_runtime.load_plan import LoadRequest
 from kttools_runtime.model import DEFAULT_CACHE_LEN
 
@@ -35,7 +31,8 @@ class Needs:
     """What a choice takes. libraries: of the process before anything is loaded; devices: GPUs in order.
 
     most_hot: routed experts of all layers together that fit beside the rest, at most all; most_per_layer: as
-    many of every layer; hot: those of all layers that are planned there.
+    many of every layer; hot: those of all layers that are planned there. hot_share, most_share: of a token's
+    choices, those that go to the planned ones, and would go to as many as fit.
     """
 
     ram: Footprint
@@ -44,6 +41,8 @@ class Needs:
     most_hot: int
     most_per_layer: int
     hot: int
+    hot_share: float
+    most_share: float
 
     @property
     def ram_total(self) -> int:
@@ -71,11 +70,12 @@ def needs(
     numa: str,
     threads: int,
     machine: Machine,
-    gpu_experts: str | None = None,
+    gpu_experts: HotRequest | None = None,
 ) -> Needs:
-    """RAM, and VRAM of every GPU of the machine. gpu_experts: "auto", a number for every layer, or None."""
+    """RAM, and VRAM of every GPU of the machine. Which experts are hot is the rule of a load."""
+    config = layout.config
     request = LoadRequest(
-        config=layout.config,
+        config=config,
         tensors=layout.tensors,
         experts=layout.pack_bytes,
         tokenizer=layout.tokenizer_bytes,
@@ -86,16 +86,22 @@ def needs(
         nodes=machine.nodes,
         devices=tuple(range(len(machine.vram))),
     )
-    devices, moe = request.on_devices(), layout.config.moe_layers
-    each, count = layout.hot_expert_bytes, layout.config.n_routed_experts
-    rooms = hot_rooms(devices, moe, each, count, machine.vram)
-    most = min(most_hot_experts(devices, moe, each, machine.vram), count) if each else 0
-    if gpu_experts == "auto":
-        devices, hot = with_full_rooms(devices, each, rooms), sum(rooms)
-    else:
-        wanted = int(gpu_experts or 0)
-        devices, hot = with_hot_experts(devices, moe, each, wanted), wanted * len(moe)
-    return Needs(request.host(), libraries_bytes(), devices, sum(rooms), most, hot)
+    devices, moe, each = request.on_devices(), config.moe_layers, layout.hot_expert_bytes
+    rooms = hot_rooms(devices, moe, each, config.n_routed_experts, machine.vram)
+    most = min(most_hot_experts(devices, moe, each, machine.vram), config.n_routed_experts) if each else 0
+    asked = gpu_experts or HotRequest(0, {})
+    chosen = choose_hot(asked, config, devices, rooms) if devices else {}
+    fullest = choose_hot(asked.with_number(None), config, devices, rooms) if devices else {}
+    return Needs(
+        request.host(),
+        libraries_bytes(),
+        with_hot_experts(devices, {layer: len(ids) for layer, ids in chosen.items()}, each),
+        sum(rooms),
+        most,
+        sum(map(len, chosen.values())),
+        hit_share(asked.counts, chosen, config),
+        hit_share(asked.counts, fullest, config),
+    )
 
 
 @cache

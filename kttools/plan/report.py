@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kttools.bundle.render import size
-from kttools_runtime.device_footprint import CONTEXT_BYTES, GRAPH_LAYER_BYTES, DeviceFootprint
+from kttools_runtime.device_footprint import (
+    CONTEXT_BYTES,
+    GRAPH_LAYER_BYTES,
+    DeviceFootprint,
+    kept_blocks_bytes,
+)
 
 from .ceilings import Sourced
 from .choice import Choice
@@ -61,8 +66,8 @@ class Report:
         options = ["--cache_lens", str(choice.cache_len), "-t", str(choice.threads), "--numa", choice.numa]
         if self.device_names:
             options += ["--device", ",".join(self.device_names)]
-        if self.needs.hot:
-            options += ["--gpu-experts", str(choice.gpu_experts)]
+        if self.needs.hot and choice.gpu_experts is not None:
+            options += ["--gpu-experts", choice.gpu_experts.text]
         lines.append(["kttools", "chat", bundle, *options])
         return [shlex.join(line) for line in lines]
 
@@ -78,9 +83,26 @@ class Report:
             found += [
                 f"CUDA context and libraries: {size(CONTEXT_BYTES)} a GPU, an allowance",
                 f"graph: {size(GRAPH_LAYER_BYTES)} a layer, an allowance",
-                "hot experts: every expert chosen alike (a profile of the text does better)",
+                self._choices(),
+                *self._blocks(),
             ]
         return found
+
+    def _blocks(self) -> list[str]:
+        """What GGUF's blocks become on a GPU, and what takes less there."""
+        held = kept_blocks_bytes(self.layout.tensors)
+        if not held:
+            return []
+        return [
+            f"linears in GGUF's blocks: int8 on a GPU, {size(held)}; shards of --gpu-format int4 take half"
+        ]
+
+    def _choices(self) -> str:
+        """How often the hot experts are supposed to be chosen."""
+        asked = self.choice.gpu_experts
+        if asked is None or not asked.counts:
+            return "hot experts: every expert chosen alike (--gpu-experts auto:PROFILE does better)"
+        return f"hot experts: chosen as often as in the text of {asked.file}"
 
 
 def to_dict(report: Report) -> dict[str, Any]:
@@ -155,6 +177,8 @@ def _gpu_experts(report: Report) -> dict[str, Any] | None:
     return {
         "per_layer": _per_layer(report, report.needs.hot),
         "most_per_layer": _per_layer(report, report.needs.most_hot),
+        "hit_share": report.needs.hot_share,
+        "most_hit_share": report.needs.most_share,
         "most_decode_tokens_s": gained,
     }
 
@@ -262,7 +286,10 @@ def _device_rows(report: Report) -> Rows:
     if rows and report.hot_speed is not None:
         hot, most = (_per_layer(report, n) for n in (report.needs.hot, report.needs.most_hot))
         gained = f"{rounded(report.hot_speed.decode_tokens_s)} tok/s"
-        rows.append(("hot experts", f"{hot:g} a layer, at most {most:g} fit: decode at most {gained}"))
+        need = report.needs
+        taken = f"{hot:g} a layer, {100 * need.hot_share:.1f} % of choices" if need.hot else "none"
+        fitting = f"{most:g} fit, {100 * need.most_share:.1f} %"
+        rows.append(("hot experts", f"{taken}; {fitting}: decode at most {gained}"))
     return rows
 
 

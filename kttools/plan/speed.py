@@ -23,7 +23,7 @@ class Speed:
 
     ceilings: of the CPU; gpu: of one GPU, None without. expert_bytes: chosen experts; dense_bytes: everything
     else that a token reads, of which shared_bytes are the shared experts'; cache_bytes: of a full cache.
-    hot_share: of the chosen experts that are on the GPU, every expert being chosen alike; hot_bytes: theirs.
+    hot_share: of the chosen experts that are on the GPU; hot_bytes: theirs.
     chunk_tokens are prefilled at a time, and read chunk_bytes of expert weights (every expert is chosen by
     some token of a chunk) and the dense ones.
     """
@@ -83,11 +83,11 @@ class Speed:
 
 
 def speed(
-    layout: Layout, cache_len: int, ceilings: Ceilings, gpu: Ceilings | None = None, hot: int = 0
+    layout: Layout, cache_len: int, ceilings: Ceilings, gpu: Ceilings | None = None, hot_share: float = 0.0
 ) -> Speed:
     """Upper bounds for a layout. The embedding is looked up, so it is read only where it is the head too.
 
-    hot: routed experts of all MoE layers together on the GPUs.
+    hot_share: of a token's choices, those whose experts are on the GPUs.
     """
     config = layout.config
     dense = [t for t in layout.tensors if t.name != EMBEDDING or config.tie_word_embeddings]
@@ -97,7 +97,6 @@ def speed(
     active = parameter_counts(config)["active"]
     chosen = len(config.moe_layers) * config.num_experts_per_tok
     chunk = min(DEFAULT_CHUNK_SIZE, cache_len)
-    hot_share = hot / max(1, config.n_routed_experts * len(config.moe_layers))
     return Speed(
         ceilings=ceilings,
         gpu=gpu,

@@ -194,6 +194,32 @@ MAX_STEP_ROWS: int
 """Tokens that a step takes at most."""
 
 @final
+class ExpertRule:
+    """What an expert table keeps of a token's native choice; the fields of expert_policy.LayerPolicy."""
+
+    def __init__(
+        self,
+        *,
+        kind: str,
+        order: str,
+        num_experts: int,
+        choices: int,
+        k: int,
+        k_min: int,
+        k_max: int,
+        threshold: float,
+        sigma: float,
+        renormalise: bool,
+        alpha: _F32 | None = None,
+        ratios: _F32 | None = None,
+        norms: _F32 | None = None,
+        protect: npt.NDArray[np.bool_] | None = None,
+    ) -> None: ...
+    @property
+    def width(self) -> int:
+        """Ids and weights of a token: as many as are kept, or all choices, with id -1 for the dropped."""
+
+@final
 class Router:
     """Scores, group limit, the best k and their weights; kind: sigmoid_bias_groups or softmax_groups."""
 
@@ -210,8 +236,18 @@ class Router:
         bias: _F32 | None = None,
         logit_bias: _F32 | None = None,
     ) -> None: ...
-    def forward(self, x: _F32, ids: _I64, weights: _F32) -> None:
-        """x [T, H] -> ids and weights [T, k], best first. The GIL is released."""
+    def forward(
+        self,
+        x: _F32,
+        ids: _I64,
+        weights: _F32,
+        scores: _F32 | None = None,
+        rule: ExpertRule | None = None,
+    ) -> None:
+        """x [T, H] -> ids and weights, best first, and what was compared, [T, k] each. The GIL is released.
+
+        rule: keeps of them what it keeps, [T, rule.width], and there are no scores.
+        """
 
 @final
 class DenseStep:
@@ -237,11 +273,19 @@ class MoeStep:
         shared_down: PackedLinear | None = None,
         shared_gate: _F32 | None = None,
     ) -> None: ...
-    def forward(self, hidden: _F32) -> None:
-        """hidden [T, H], updated. The GIL is released."""
+    def forward(self, hidden: _F32, rule: ExpertRule | None = None) -> None:
+        """hidden [T, H], updated; rule: what is kept of the router's choice. The GIL is released."""
 
-    def route(self, hidden: _F32, x: _F32, ids: _I64, weights: _F32, scores: _F32) -> None:
-        """hidden -> x [T, H], the normed hidden, and its choice and what was compared, [T, k] each."""
+    def route(
+        self,
+        hidden: _F32,
+        x: _F32,
+        ids: _I64,
+        weights: _F32,
+        scores: _F32 | None = None,
+        rule: ExpertRule | None = None,
+    ) -> None:
+        """hidden -> x [T, H], the normed hidden, and its choice as Router.forward gives it."""
 
     def forward_routed(self, hidden: _F32, x: _F32, ids: _I64, weights: _F32) -> None:
         """forward() from where route() ends, with its choice or one [T, any k] made of it."""

@@ -4,7 +4,7 @@ The routed experts stay in RAM; the layers' other weights, the cache and the act
 GPUs in runs of whole layers. What no size tells (context, graph) is an allowance and says so.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -122,6 +122,12 @@ def device_bytes(tensor: StoredTensor, dtype: torch.dtype = torch.bfloat16) -> t
     return "int4", codes + INT4_GROUP_FACTOR * (tensor.bytes - codes - 4 * rows) + 4 * rows
 
 
+def kept_blocks_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """What linears in GGUF's blocks take on a GPU."""
+    kept = (t for t in tensors if t.format in BLOCK_FORMATS and t.name != EMBEDDING)
+    return sum(device_bytes(tensor)[1] for tensor in kept)
+
+
 def workspace_bytes(
     config: ModelConfig,
     tensors: Iterable[StoredTensor],
@@ -154,11 +160,11 @@ def _streamed_bytes(config: ModelConfig, item: int, chunk: int, expert_bytes: in
 
 
 def with_hot_experts(
-    devices: Sequence[DeviceFootprint], moe_layers: Sequence[int], expert_bytes: int, count: int
+    devices: Sequence[DeviceFootprint], counts: Mapping[int, int], expert_bytes: int
 ) -> tuple[DeviceFootprint, ...]:
-    """The same with `count` hot experts of every MoE layer, each on its layer's GPU."""
+    """The same with so many hot experts of each layer, on the layer's GPU."""
     return tuple(
-        replace(device, hot_experts=count * expert_bytes * sum(_has(device, layer) for layer in moe_layers))
+        replace(device, hot_experts=expert_bytes * sum(n for i, n in counts.items() if _has(device, i)))
         for device in devices
     )
 
@@ -189,14 +195,6 @@ def hot_rooms(
         fitting = max(0, limit - device.total) // expert_bytes if expert_bytes else 0
         rooms.append(min(fitting, layers * num_experts))
     return tuple(rooms)
-
-
-def with_full_rooms(
-    devices: Sequence[DeviceFootprint], expert_bytes: int, rooms: Sequence[int]
-) -> tuple[DeviceFootprint, ...]:
-    """The same with so many hot experts on each GPU."""
-    pairs = zip(devices, rooms, strict=True)
-    return tuple(replace(device, hot_experts=count * expert_bytes) for device, count in pairs)
 
 
 def _has(device: DeviceFootprint, layer: int) -> bool:

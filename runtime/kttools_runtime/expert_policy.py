@@ -2,12 +2,18 @@
 
 A rule ranks the native choices, keeps the first n of a token (n fixed or per token), and multiplies their
 weights by alpha[n]. Nothing waits for a number on the host, so that a rule runs on the router's device.
+The kernels' own form (csrc/expert_rule.h) gives the same bits; sums are float64, so that their order cannot
+decide.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .errors import InvalidInputError
+from .routing import NORM_EPS
 
 # choice: the router's own order (biased scores); weight: by gate weight; contribution: by weight times the
 # expert's typical output norm.
@@ -46,6 +52,31 @@ class LayerPolicy:
         tensors = {name: getattr(self, name) for name in ("alpha", "ratios", "norms", "protect")}
         return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
 
+    def native(self, num_experts: int, choices: int) -> Any:
+        """The same rule in C++, for a router of num_experts that chooses `choices` of them.
+
+        Raises InvalidInputError for counts or lists that do not fit the router.
+        """
+        from . import _kernels
+
+        lists = {name: getattr(self, name) for name in ("alpha", "ratios", "norms", "protect")}
+        try:
+            return _kernels.ExpertRule(
+                kind=self.kind,
+                order=self.order,
+                num_experts=num_experts,
+                choices=choices,
+                k=self.k,
+                k_min=self.k_min,
+                k_max=self.k_max,
+                threshold=self.threshold,
+                sigma=self.sigma,
+                renormalise=self.renormalize,
+                **{name: t.contiguous().numpy() for name, t in lists.items() if t is not None},
+            )
+        except ValueError as error:
+            raise InvalidInputError(str(error)) from None
+
     def select(self, expert_ids: Tensor, expert_weights: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """ids int64, weights float32 and biased scores float32, all [T, K] in the router's order.
 
@@ -81,8 +112,9 @@ class LayerPolicy:
         elif self.kind == "ser":
             kept = (scores >= self.threshold * scores.amax(dim=1, keepdim=True)).sum(dim=1)
         elif self.kind == "top_p":
-            before = weights.cumsum(dim=1) - weights
-            kept = (before < self.threshold * weights.sum(dim=1, keepdim=True)).sum(dim=1)
+            exact = weights.double()
+            before = exact.cumsum(dim=1) - exact
+            kept = (before < self.threshold * exact.sum(dim=1, keepdim=True)).sum(dim=1)
         elif self.kind == "naee" and self.ratios is not None:
             largest = weights.amax(dim=1, keepdim=True)
             kept = (weights >= self.ratios * largest).to(torch.int64).cumprod(dim=1).sum(dim=1)
@@ -93,7 +125,7 @@ class LayerPolicy:
     def _first(self, expert_ids: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
         kept = weights[:, :k]
         if self.renormalize:
-            kept = kept * (weights.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True))
+            kept = kept * weight_scale(weights, kept)
         if self.alpha is not None:
             kept = kept * self.alpha[k - 1]
         return expert_ids[:, :k].contiguous(), kept.contiguous()
@@ -102,7 +134,13 @@ class LayerPolicy:
         is_dropped = torch.arange(weights.shape[1], device=weights.device) >= count[:, None]
         kept = weights.masked_fill(is_dropped, 0.0)
         if self.renormalize:
-            kept = kept * (weights.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True))
+            kept = kept * weight_scale(weights, kept)
         if self.alpha is not None:
             kept = kept * self.alpha[count - 1][:, None]
         return expert_ids.masked_fill(is_dropped, -1), kept
+
+
+def weight_scale(weights: Tensor, kept: Tensor) -> Tensor:
+    """float32 [T, 1]: what gives `kept` [T, n] the sum of `weights` [T, K]."""
+    whole, part = (each.double().sum(dim=1, keepdim=True) for each in (weights, kept))
+    return (whole / (part + NORM_EPS)).float()

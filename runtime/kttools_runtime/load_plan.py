@@ -23,7 +23,7 @@ class LoadRequest:
     """What decides the sizes of a load. experts, tokenizer: bytes of files.
 
     numa: off, shard or replicate, over `nodes` memory nodes; devices: indices of GPUs, () for the CPU alone;
-    hot_experts: routed experts of every layer on them, of expert_bytes each.
+    hot_experts: (layer, routed experts of it on them), of expert_bytes each.
     """
 
     config: ModelConfig
@@ -37,7 +37,7 @@ class LoadRequest:
     nodes: int
     devices: tuple[int, ...] = ()
     is_streamed: bool = False
-    hot_experts: int = 0
+    hot_experts: tuple[tuple[int, int], ...] = ()
     expert_bytes: int = 0
 
     def host(self) -> Footprint:
@@ -73,7 +73,7 @@ class LoadRequest:
             self.dtype,
             expert_bytes=streamed,
         )
-        return with_hot_experts(found, self.config.moe_layers, self.expert_bytes, self.hot_experts)
+        return with_hot_experts(found, dict(self.hot_experts), self.expert_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +148,12 @@ def _smaller(request: LoadRequest, vram_free: tuple[int, ...]) -> Iterator[LoadR
 def _fewer_hot(request: LoadRequest, vram_free: tuple[int, ...]) -> LoadRequest:
     if not (request.hot_experts and request.expert_bytes):
         return request
-    rest = replace(request, hot_experts=0).on_devices()
-    most = most_hot_experts(rest, request.config.moe_layers, request.expert_bytes, vram_free)
-    return replace(request, hot_experts=min(most, request.hot_experts))
+    layers = request.config.moe_layers
+    rest = replace(request, hot_experts=()).on_devices()
+    most = most_hot_experts(rest, layers, request.expert_bytes, vram_free)
+    if most >= max(count for _, count in request.hot_experts):
+        return request
+    return replace(request, hot_experts=tuple((layer, most) for layer in layers))
 
 
 def _options(before: LoadRequest, after: LoadRequest) -> str:
@@ -158,7 +161,7 @@ def _options(before: LoadRequest, after: LoadRequest) -> str:
     if after.cache_len != before.cache_len:
         changed.append(f"--cache_lens {after.cache_len}")
     if after.hot_experts != before.hot_experts:
-        changed.append(f"--gpu-experts {after.hot_experts}")
+        changed.append(f"--gpu-experts {after.hot_experts[0][1]}")
     return " ".join(changed)
 
 

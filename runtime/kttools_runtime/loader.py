@@ -122,7 +122,7 @@ def _request(
 ) -> LoadRequest:
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
     longest = min(manifest.model.max_position_embeddings, DEFAULT_CACHE_LEN)
-    hot, each = (0, 0) if gpu_experts is None or not devices else _hot_experts(manifest, gpu_experts, dtype)
+    hot, each = ((), 0) if gpu_experts is None or not devices else _hot_experts(manifest, gpu_experts, dtype)
     return LoadRequest(
         config=manifest.model,
         tensors=tuple(stored_tensors(shards.infos, manifest.linears)),
@@ -140,16 +140,17 @@ def _request(
     )
 
 
-def _hot_experts(manifest: Manifest, gpu_experts: str, dtype: torch.dtype) -> tuple[int, int]:
-    """(routed experts of every layer that are asked for, bytes of one); auto takes what is left, a list's
-    length is not known yet: 0."""
-    from .hybrid.choose import parse_request
+def _hot_experts(
+    manifest: Manifest, gpu_experts: str, dtype: torch.dtype
+) -> tuple[tuple[tuple[int, int], ...], int]:
+    """((layer, routed experts of it that are asked for), bytes of one); auto takes what is left."""
     from .hybrid.hot_codes import hot_expert_bytes
+    from .hybrid.hot_request import read_request
 
-    shape = (manifest.model.hidden_size, manifest.model.moe_intermediate_size)
+    config = manifest.model
     layers = [file.names for file in manifest.experts.values()]
-    number, _ = parse_request(gpu_experts)
-    return number or 0, hot_expert_bytes(layers, *shape, dtype)
+    each = hot_expert_bytes(layers, config.hidden_size, config.moe_intermediate_size, dtype)
+    return read_request(gpu_experts, config).per_layer(config), each
 
 
 def expert_source(

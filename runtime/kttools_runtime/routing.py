@@ -42,7 +42,7 @@ class Router:
         self.table: LayerTable | None = None
 
     def native(self, engine: Any) -> Any:
-        """The same choice in C++, for a few tokens and without a table."""
+        """The same choice in C++, without a table: that is given to it by call (LayerPolicy.native)."""
         from . import _kernels
 
         config = self.config

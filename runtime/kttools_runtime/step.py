@@ -12,12 +12,14 @@ from torch import Tensor
 
 from . import _kernels
 from .attention import LatentAttention, Step
+from .expert_policy import LayerPolicy
 from .experts import ExpertLayer
 from .gqa import GroupedQueryAttention
 from .linear import Linear, LinearGroup, PackedCpuLinear
 from .mlp import GatedMLP
 from .moe import MoELayer, RoutedExperts
 from .norm import RMSNorm
+from .routing import LayerTable, Router
 
 if TYPE_CHECKING:
     from .model import DecoderLayer
@@ -57,28 +59,32 @@ class NativeHalves:
 class _MlpStep:
     """The second half of a layer, as long as its experts are the ones it was made with."""
 
-    __slots__ = ("_experts", "_moe", "_native")
+    __slots__ = ("_experts", "_moe", "_native", "_rule", "_table")
 
     def __init__(self, engine: Any, layer: "DecoderLayer") -> None:
         mlp = layer.mlp
         self._moe = mlp if isinstance(mlp, MoELayer) else None
         self._experts: RoutedExperts | None = mlp.experts if isinstance(mlp, MoELayer) else None
+        self._table: LayerTable | None = None
+        self._rule: Any = None
         if isinstance(mlp, MoELayer):
             self._native = _moe_step(engine, layer.mlp_norm, mlp)
         else:
             self._native = _dense_step(engine, layer.mlp_norm, mlp)
 
     def forward(self, hidden: Tensor) -> bool:
-        """Whether the step could. A table reduces the native choice between the step's two parts."""
+        """Whether the step could. A table that only Python knows acts between the step's two parts."""
         moe, native = self._moe, self._native
         if native is None or (moe is not None and moe.experts is not self._experts):
             return False
-        if moe is None or (moe.router.table is None and moe.watch is None):
+        if moe is None:
             native.forward(hidden.numpy())
             return True
-        x, ids, weights, scores = self._route(moe, hidden)
-        if moe.router.table is not None:
-            ids, weights = moe.router.table.select(ids, weights, scores)
+        rule, table = self._rule_of(moe.router), moe.router.table
+        if moe.watch is None and (table is None or rule is not None):
+            native.forward(hidden.numpy(), rule)
+            return True
+        x, ids, weights = self._route(moe.router, hidden, rule)
         if moe.watch is not None:
             moe.watch(x, ids, weights)
         native.forward_routed(
@@ -86,12 +92,28 @@ class _MlpStep:
         )
         return True
 
-    def _route(self, moe: MoELayer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        shape = hidden.shape[0], moe.router.num_experts
-        ids = torch.empty(shape, dtype=torch.int64)
-        x, weights, scores = torch.empty_like(hidden), torch.empty(shape), torch.empty(shape)
+    def _rule_of(self, router: Router) -> Any:
+        """The native form of the router's table; None where it has none, or there is no table."""
+        table = router.table
+        if table is not self._table:
+            rule = None
+            if isinstance(table, LayerPolicy) and type(table) is LayerPolicy:  # others select as they like
+                rule = table.native(router.config.n_routed_experts, router.num_experts)
+            self._table, self._rule = table, rule
+        return self._rule
+
+    def _route(self, router: Router, hidden: Tensor, rule: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, hidden_size] and what is computed of the choice, ids and weights [T, k]."""
+        num_tokens = hidden.shape[0]
+        k = router.num_experts if rule is None else rule.width
+        ids, weights = torch.empty(num_tokens, k, dtype=torch.int64), torch.empty(num_tokens, k)
+        x = torch.empty_like(hidden)
+        if rule is not None or router.table is None:
+            self._native.route(hidden.numpy(), x.numpy(), ids.numpy(), weights.numpy(), rule=rule)
+            return x, ids, weights
+        scores = torch.empty(num_tokens, k)
         self._native.route(hidden.numpy(), x.numpy(), ids.numpy(), weights.numpy(), scores.numpy())
-        return x, ids, weights, scores
+        return x, *router.table.select(ids, weights, scores)
 
 
 def _norm(norm: RMSNorm) -> tuple[Any, float]:

@@ -73,18 +73,20 @@ def test_mixtral_with_a_tensor_per_expert(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "case"),
+    ("family", "case", "message"),
     [
-        ("qwen3_moe", "window"),
-        ("qwen3_moe", "not_normalised"),
-        ("qwen3_moe", "dense_layers"),
-        ("qwen2_moe", "llama3"),
-        ("mixtral", "window"),
-        ("gpt_oss", "all_windows"),
-        ("gpt_oss", "gate"),
+        ("qwen3_moe", "window", "qwen3moe, the nearest, needs no sliding window"),
+        ("qwen3_moe", "not_normalised", "qwen3moe, the nearest, needs norm_topk_prob true"),
+        ("qwen3_moe", "bias", "qwen3moe, the nearest, needs no bias of o_proj and no biases of attention"),
+        ("qwen3_moe", "dense_layers", "dense layers"),
+        ("qwen2_moe", "normalised", "qwen2moe, the nearest, needs norm_topk_prob false"),
+        ("qwen2_moe", "llama3", "only linear and plain yarn"),
+        ("mixtral", "window", "llama, the nearest, needs no sliding window"),
+        ("gpt_oss", "all_windows", "window in the first of every two layers"),
+        ("gpt_oss", "gate", r"gpt-oss, the nearest, needs swiglu_alpha 1\.702 and swiglu_limit 7"),
     ],
 )
-def test_what_gguf_cannot_say_is_refused(tmp_path: Path, family: str, case: str) -> None:
+def test_what_gguf_cannot_say_is_refused(tmp_path: Path, family: str, case: str, message: str) -> None:
     source = open_model(save(hf_model(family, case), tmp_path / "hf"))
-    with pytest.raises(UnsupportedModelError):
+    with pytest.raises(UnsupportedModelError, match=message):
         make_plan(source, tmp_path / "x.gguf", "bf16")

@@ -92,3 +92,6 @@ def test_command(nano_checkpoint: Path, nano_bundle: Path, capsys: pytest.Captur
             )
     assert main([*line, "0.0001"]) == 6
     assert "is above 0.0001" in capsys.readouterr().err
+    for bound in ("nan", "inf"):
+        assert main([*line, bound]) == 2
+        assert "must be a finite number" in capsys.readouterr().err

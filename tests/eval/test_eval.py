@@ -261,3 +261,37 @@ def test_the_price_of_deferral(
     assert "needs a device" in capsys.readouterr().err
     assert main([*line, *device, "--defer-up-to", "2", "--defer-experts", "1"]) == 2
     assert "compares with MODEL itself" in capsys.readouterr().err
+
+
+def test_a_checkpoint_or_gguf_as_reference(
+    tmp_path: Path,
+    nano_checkpoint: Path,
+    nano_bundle: Path,
+    nano_bundle_bf16: Path,
+    samples_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """MODEL means the same everywhere: each is kept in bf16, once, with the scores of that bundle."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gguf = tmp_path / "x.gguf"
+    assert main(["convert", str(nano_checkpoint), "-o", str(gguf), "--quiet"]) == 0
+    data = ["--data", f"c=jsonl:{samples_dir / 'text' / 'c.jsonl'}", "--tokens", "100"]
+    line = ["eval", str(nano_bundle), *data, "--quiet", "--json", "-t", "1", "--reference"]
+    scores = []
+    for reference in (nano_bundle_bf16, nano_checkpoint, gguf, nano_bundle_bf16 / "bundle.json"):
+        capsys.readouterr()
+        assert main([*line, str(reference)]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["scores"])
+    assert scores[1:] == scores[:1] * 3
+    made = [path.name for path in (tmp_path / "cache").rglob("*-bf16") if path.is_dir()]
+    assert len(made) == 2
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, nano_bundle: Path, samples_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data", f"c=jsonl:{samples_dir / 'text' / 'c.jsonl'}", "--quiet"]
+    for target in (tmp_path / "none" / "x.ktref", tmp_path):
+        assert main(["eval", "no-such-model", *data, "--force", "--write-reference", str(target)]) == 2
+        assert f"{target}: expected the name of a file in a directory that" in capsys.readouterr().err

@@ -243,3 +243,8 @@ def test_generation_config_and_tokenizer(nano_checkpoint: Path) -> None:
     assert {"tokenizer.json", "tokenizer_config.json"} <= set(source.tokenizer_files)
     assert {"config.json", "model.safetensors.index.json"} <= {file.name for file in source.files}
     assert len(source.tensors) == 57
+
+
+def test_a_bundle_is_no_checkpoint(nano_bundle: Path) -> None:
+    with pytest.raises(InvalidInputError, match=f"{nano_bundle}: is a bundle, not a checkpoint"):
+        open_model(nano_bundle)

@@ -14,12 +14,13 @@ import kttools_runtime as kt
 from kttools_runtime import _kernels
 from kttools_runtime.attention import Step
 from kttools_runtime.device_footprint import workspace_bytes
-from kttools_runtime.errors import InvalidInputError
+from kttools_runtime.errors import InvalidInputError, UsageError
 from kttools_runtime.footprint import stored_tensors
 from kttools_runtime.hybrid import linears, prefill
-from kttools_runtime.hybrid.choose import most_used, profile_counts
+from kttools_runtime.hybrid.choose import most_used
 from kttools_runtime.hybrid.feed import ExpertFeed
 from kttools_runtime.hybrid.hot import expanded
+from kttools_runtime.hybrid.hot_request import profile_counts
 from kttools_runtime.hybrid.mixture import split_late
 from kttools_runtime.hybrid.prefill import Calibration
 from kttools_runtime.hybrid.untile import PackFile, expert_codes, expert_device_bytes
@@ -170,10 +171,17 @@ def test_lists_and_profiles(nano_bundle_bf16: Path, tmp_path: Path) -> None:
     model: Any = kt.load(nano_bundle_bf16, device="cpu:0", threads=1, gpu_experts=str(file))
     hot = {index: mixture.hot and mixture.hot.experts for index, mixture in model.mixtures.items()}
     assert hot == {1: (0, 3), 2: None, 3: (31,)}
-    for layers, message in (({"0": [1]}, "of a MoE layer"), ({"1": [32]}, "outside 0..31")):
+    bad = [({"0": [1]}, "of a MoE layer"), ({"1": [32]}, "outside 0..31"), ({"9" * 5000: [1]}, "of a MoE")]
+    for layers, message in [*bad, ({"01": [1]}, "of a MoE layer"), ({"1": [True]}, "of a MoE layer")]:
         file.write_text(json.dumps({"format": "kttools-gpu-experts", "layers": layers}))
         with pytest.raises(InvalidInputError, match=message):
             kt.load(nano_bundle_bf16, device="cpu:0", threads=1, gpu_experts=str(file))
+    file.write_text(json.dumps({"format": "kttools-gpu-experts", "layers": {"1": [0]}}))
+    for text in (f"auto:{file}", f"2:{file}"):
+        with pytest.raises(UsageError, match="is a list, which says how many: give it alone"):
+            kt.load(nano_bundle_bf16, device="cpu:0", threads=1, gpu_experts=text)
+    with pytest.raises(UsageError, match="no such file"):
+        kt.load(nano_bundle_bf16, device="cpu:0", threads=1, gpu_experts="9" * 5000)
     file.write_text("{}")
     with pytest.raises(InvalidInputError, match="neither an expert profile nor a list"):
         kt.load(nano_bundle_bf16, device="cpu:0", threads=1, gpu_experts=str(file))

@@ -24,10 +24,11 @@ def test_every_stage_on_a_simulated_device(nano_bundle: Path, tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
-    assert set(report["stages"]) >= {"tests", "logits", "linears", "slice", "memory", "prefill"}
+    assert set(report["stages"]) >= {"tests", "logits", "linears", "slice", "router", "memory", "prefill"}
     assert not [stage for stage in report["stages"].values() if "error" in stage]
     assert report["stages"]["tests"]["passed"] >= 5
     assert report["stages"]["linears"]["layout_is_known"]
+    assert report["stages"]["router"]["torch"]["1"] > 0
     aims = {row["aim"]: row["met"] for row in report["aims"]}
     assert list(aims.values())[:3] == [True] * 3
     assert set(list(aims.values())[3:]) == {None}  # times of a simulated device say nothing

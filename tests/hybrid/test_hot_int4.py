@@ -21,6 +21,7 @@ from kttools_runtime.footprint import stored_tensors
 from kttools_runtime.hybrid.choose import most_used
 from kttools_runtime.hybrid.hot import HotExperts
 from kttools_runtime.hybrid.hot_codes import FORMAT, hot_codes, hot_expert_bytes, hot_format
+from kttools_runtime.hybrid.hot_request import HotRequest
 from kttools_runtime.hybrid.untile import PackFile
 from kttools_runtime.manifest import load_manifest
 from kttools_runtime.moe import RoutedExperts
@@ -208,7 +209,7 @@ def test_auto_fills_the_budget(
         assert max(lengths) - min(lengths) <= 1
         total += room
     subject = open_subject(nano_bundle)
-    choice = Choice(None, None, 64, "off", 1, "auto")
+    choice = Choice(None, None, 64, "off", 1, HotRequest(None, {}))
     need = needs_of(subject, choice, Machine(1 << 40, (budget,) * devices, 1))
     assert (need.hot, need.most_hot) == (total, total)
     assert all(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import kttools_runtime as kt
-from kttools_runtime.errors import HardwareError, UnsupportedModelError, UsageError
+from kttools_runtime.errors import HardwareError, UsageError
 from kttools_runtime.hybrid import decode
 from kttools_runtime.hybrid.devices import parse_devices
 from kttools_runtime.hybrid.model import HybridModel
@@ -22,7 +22,7 @@ from tests.conftest import quantize as quantize_cli
 from tests.family_oracle import FIRST_CASES, hf_model, quantize, save, tokens_for
 
 TOL = 1e-4
-PATHS = [*FIRST_CASES, ("qwen3_moe", "window"), ("glm4_moe", "yarn")]
+PATHS = [*FIRST_CASES, ("gpt_oss", "gate"), ("qwen3_moe", "window"), ("glm4_moe", "yarn")]
 OPTIONS: dict[str, dict[str, Any]] = {
     "one": {"device": "cpu:0"},
     "two": {"device": "cpu:0,cpu:1"},
@@ -63,14 +63,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_every_family(families: Any, family: str, case: str) -> None:
     bundle, tokens, expected = families(family, case)
     options: dict[str, Any] = {"device": "cpu,cpu", "dtype": "float32", "threads": 1}
-    if family == "gpt_oss":
-        with pytest.raises(UnsupportedModelError, match="gpu-experts: this model's experts have biases"):
-            kt.load(bundle, **options, gpu_experts="2")
-        with pytest.raises(UnsupportedModelError, match="prefill gpu: this model's experts have biases"):
-            kt.load(bundle, **options, prefill="gpu")
-    else:
-        options |= {"gpu_experts": "2", "prefill": "cpu"}
-    model = kt.load(bundle, **options)
+    model = kt.load(bundle, **options, gpu_experts="2", prefill="gpu" if family == "gpt_oss" else "cpu")
     assert isinstance(model, HybridModel)
     assert_close(model.logits(tokens), expected, TOL)
     assert_close(decoded(model, tokens, 20), expected[19:], TOL)
@@ -146,7 +139,9 @@ def test_expert_table_is_applied(nano_bundle_bf16: Path, plain: Any, samples_dir
     assert float((wanted - expected).abs().max()) > 100 * TOL
 
 
-@pytest.mark.parametrize("text", ["gpu", "cpu:x", "cuda:0,cpu", "", "cuda:-1", "cpu,cpu:1x"])
+@pytest.mark.parametrize(
+    "text", ["gpu", "cpu:x", "cuda:0,cpu", "", "cuda:-1", "cpu,cpu:1x", "cpu:", "cpu:12345"]
+)
 def test_bad_devices(text: str) -> None:
     with pytest.raises(UsageError, match="unknown device"):
         parse_devices(text)

@@ -1,13 +1,12 @@
 """Our Triton kernel in Triton's interpreter on the CPU, against NumPy, and compiled for GPUs;
 skipped by name without Triton."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tests.hybrid.compilers import need_triton
 
 PROGRAM = """
 import torch
@@ -46,8 +45,7 @@ print("ok")
 
 
 def test_kernel_in_the_interpreter() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
+    need_triton()
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, env=environment
@@ -80,8 +78,7 @@ print("ok")
 
 def test_kernel_compiles_for_gpus(tmp_path: Path) -> None:
     """Machine code of sm_80 and sm_90, without a GPU."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
+    need_triton()
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300, env=environment

@@ -111,6 +111,7 @@ def test_a_bundle_that_keeps_q4_k_m_beside_the_published_382_gb(directory: Path)
 
     from kttools.plan.choice import Choice, open_subject
     from kttools.plan.memory import Machine, needs
+    from kttools_runtime.hybrid.hot_request import HotRequest
 
     made = open_subject(directory).layout(Choice("int4", "int4", 8192, "off", 64))
     kept = {
@@ -118,7 +119,7 @@ def test_a_bundle_that_keeps_q4_k_m_beside_the_published_382_gb(directory: Path)
     }
     pack_bytes = sum(made.expert_bytes(name) for names in kept.values() for name in names)
     layout = replace(made, expert_formats=kept, pack_bytes=pack_bytes)
-    found = needs(layout, 8192, "off", 64, Machine(1 << 40, (24 << 30,), 1), "auto")
+    found = needs(layout, 8192, "off", 64, Machine(1 << 40, (24 << 30,), 1), HotRequest(None, {}))
     assert set(layout.bytes_by_format) == {"q4_k", "q4_k_q6_k"}
     assert sum(layout.bytes_by_format.values()) == found.ram.experts == pack_bytes
     assert pack_bytes == pytest.approx(653.9e9 * (4.5 * (2 / 3 + 1 / 6) + 6.5625 / 6) / 8, rel=0.01)
@@ -192,8 +193,8 @@ def test_the_nearest_plan_on_gpus_fits(
 def test_options_that_contradict(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line, code, message in (
         (("--gpu-experts", "auto"), 2, "needs a GPU"),
-        (("--vram", "24G", "--gpu-experts", "many"), 2, "auto or 0 to 256"),
-        (("--vram", "24G", "--gpu-experts", "257"), 2, "auto or 0 to 256"),
+        (("--vram", "24G", "--gpu-experts", "many"), 2, "expected auto, a number"),
+        (("--vram", "24G", "--gpu-experts", "257"), 2, "257 of 256 experts"),
         (("--device", "cuda:0", "--vram", "24G"), 2, "leave one out"),
         (("--device", "tpu"), 2, "expected cpu, cuda:0"),
         (("--device", "cuda:99"), 5, "describe one"),

@@ -60,10 +60,10 @@ def test_on_a_gpu_the_slower_half_of_a_layer_counts(directory: Path) -> None:
     assert found.shared_bytes == pytest.approx(shared, rel=2e-3)
     expected = alone / 1000e9 + 58 * 8 * EXPERT_WEIGHTS / 250e9
     assert 1 / found.decode_tokens_s == pytest.approx(expected, rel=2e-3)
-    half = speed(layout, 4096, cpu, gpu, hot=128 * 58)
+    half = speed(layout, 4096, cpu, gpu, hot_share=0.5)
     expected = alone / 1000e9 + 58 * 4 * EXPERT_WEIGHTS / 250e9
     assert 1 / half.decode_tokens_s == pytest.approx(expected, rel=2e-3)
-    everything = speed(layout, 4096, cpu, gpu, hot=256 * 58)
+    everything = speed(layout, 4096, cpu, gpu, hot_share=1.0)
     int4 = 58 * 8 * EXPERT_WEIGHTS * (4 + 16 / 128) / 8
     expected = (alone + shared + int4) / 1000e9
     assert 1 / everything.decode_tokens_s == pytest.approx(expected, rel=2e-3)

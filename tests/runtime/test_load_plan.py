@@ -76,12 +76,17 @@ def test_vram_is_checked_too(nano_bundle: Path) -> None:
 def test_too_many_hot_experts_are_too_much_vram(nano_bundle: Path) -> None:
     request = load_plan.replace(plan_of(nano_bundle).request, devices=(0,), expert_bytes=50_000)
     rest = request.on_devices()[0].total
-    asked = load_plan.replace(request, hot_experts=20)
+    layers = request.config.moe_layers
+    asked = load_plan.replace(request, hot_experts=tuple((layer, 20) for layer in layers))
     assert asked.on_devices()[0].total == rest + 3 * 20 * 50_000
     free = rest + 3 * 7 * 50_000 + 10
     with pytest.raises(ResourceError, match=r"nearest plan that fits: --gpu-experts 7 \("):
         load_plan.make_load_plan(asked, 1 << 40, (free,)).check()
-    load_plan.make_load_plan(load_plan.replace(request, hot_experts=7), 1 << 40, (free,)).check()
+    fewer = load_plan.replace(request, hot_experts=tuple((layer, 7) for layer in layers))
+    load_plan.make_load_plan(fewer, 1 << 40, (free,)).check()
+    listed = load_plan.replace(request, hot_experts=((layers[0], 22),))
+    with pytest.raises(ResourceError, match=r"nearest plan that fits: --gpu-experts 7 \("):
+        load_plan.make_load_plan(listed, 1 << 40, (free,)).check()
 
 
 def test_it_can_be_overruled(nano_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

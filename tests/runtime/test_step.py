@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from kttools_runtime import _kernels
+from kttools_runtime.errors import InvalidInputError
+from kttools_runtime.expert_policy import LayerPolicy
 from kttools_runtime.model import Model
 from kttools_runtime.moe import RoutedExperts
 from tests.compare import assert_close, assert_same_distribution, mean_kl
@@ -149,6 +151,64 @@ def test_watching_and_keeping_all_change_no_bit(nano: Any, text: torch.Tensor, n
         assert torch.equal(ids, expected_ids)
         assert_close(weights, expected, 2**-19)
         assert_close(scores, own.scores[0], 2**-19)
+
+
+TABLES = {
+    "static": LayerPolicy(kind="static", k=3, alpha=torch.linspace(1.3, 1.0, 8)),
+    "adaptive": LayerPolicy(kind="adaptive", k_max=7, threshold=0.06, alpha=torch.linspace(1.3, 1.0, 8)),
+}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_is_part_of_the_one_call(nano: Any, text: torch.Tensor, kind: str, num_tokens: int) -> None:
+    """No torch rule runs; the bits are those of the rule between the step's two parts, watched or not."""
+    model = runtime_model(nano, torch.bfloat16)
+    text, policy = text[:num_tokens], TABLES[kind]
+    plain = model.logits(text)
+
+    def with_table(table: Any) -> torch.Tensor:
+        for moe in model.moe_layers.values():
+            moe.router.table = table
+        return model.logits(text)
+
+    between = with_table(_InTorch(policy))
+    assert not torch.equal(between, plain)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerPolicy, "select", None)
+        assert torch.equal(with_table(policy), between)
+        seen: list[tuple[torch.Tensor, ...]] = []
+        for moe in model.moe_layers.values():
+            moe.watch = lambda *shown: seen.append(shown)
+        assert torch.equal(model.logits(text), between)
+    shape = num_tokens, 3 if kind == "static" else 8
+    assert {tuple(each.shape) for shown in seen for each in shown[1:]} == {shape}
+    again: list[tuple[torch.Tensor, ...]] = []
+    for moe in model.moe_layers.values():
+        moe.watch = lambda *shown: again.append(shown)
+    with_table(_InTorch(policy))
+    for shown, expected in zip(seen, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(shown, expected, strict=True))
+    assert torch.equal(with_table(None), plain)
+
+
+class _InTorch:
+    """A table that the kernels do not know."""
+
+    def __init__(self, policy: LayerPolicy) -> None:
+        self.policy = policy
+
+    def select(self, *choice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.policy.select(*choice)
+
+
+def test_a_table_that_does_not_fit_is_refused_every_time(nano: Any) -> None:
+    model = runtime_model(nano, torch.bfloat16)
+    for moe in model.moe_layers.values():
+        moe.router.table = LayerPolicy(kind="adaptive", threshold=0.1)  # no k_max
+    for _ in range(2):
+        with pytest.raises(InvalidInputError, match="expected 1 <= k_min <= k_max, got 1 and 0"):
+            model.decode(5, model.new_cache(1))
 
 
 class _KeepAll:

@@ -1,23 +1,22 @@
-"""Which routed experts go to the devices: as many as asked for or as fit, the most used first."""
+"""Which routed experts go to the devices: as many as asked for or as fit, the most used first.
+
+The rule of a load and of `kttools plan`.
+"""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kttools_runtime import env, strict_json
+from kttools_runtime import env
 from kttools_runtime.config import ModelConfig
 from kttools_runtime.device_footprint import DeviceFootprint, hot_rooms
-from kttools_runtime.errors import InvalidInputError, ResourceError, UnsupportedModelError, UsageError
-from kttools_runtime.safetensors_file import read_header, read_tensor
+from kttools_runtime.errors import ResourceError, UsageError
 
 from .hot_codes import hot_expert_bytes
+from .hot_request import HotRequest, read_request
 from .options import HybridOptions
 from .untile import PackFile
-
-PROFILE_FORMAT, LIST_FORMAT = "kttools-expert-profile", "kttools-gpu-experts"
-SYNTAX = "expected auto, a number of experts per layer, a FILE, or auto:FILE or N:FILE"
 
 
 def hot_experts(
@@ -30,43 +29,26 @@ def hot_experts(
     """Expert ids by layer, sorted. Raises UsageError, InvalidInputError, ResourceError."""
     if options.gpu_experts is None or not packs:
         return {}
-    if not has_plain_experts(config):
-        raise UnsupportedModelError("gpu-experts: this model's experts have biases or another gate")
-    wanted, file = parse_request(options.gpu_experts)
-    counts: dict[int, Tensor] = {}
-    if file is not None:
-        document = strict_json.read_object(file)
-        if document.get("format") == LIST_FORMAT:
-            return listed_experts(document, file, config)
-        counts = profile_counts(document, file, config)
-    if wanted is not None and wanted > config.n_routed_experts:
-        raise UsageError(f"gpu-experts: {wanted} of {config.n_routed_experts} experts per layer")
-    runs = [[i for i in packs if own.layers[0] <= i < own.layers[1]] for own in footprints]
-    if wanted is None:
-        totals = _rooms(options, config, packs, footprints, dtype)
-    else:
-        totals = tuple(wanted * len(layers) for layers in runs)
+    request = read_request(options.gpu_experts, config)
+    rooms = _rooms(options, config, packs, footprints, dtype) if request.is_auto else ()
+    return choose_hot(request, config, footprints, rooms)
+
+
+def choose_hot(
+    request: HotRequest,
+    config: ModelConfig,
+    footprints: Sequence[DeviceFootprint],
+    rooms: Sequence[int] = (),
+) -> dict[int, list[int]]:
+    """Expert ids by MoE layer, sorted. rooms: how many each device has place for, asked with auto alone."""
+    if request.listed is not None:
+        return dict(request.listed)
+    runs = [[i for i in config.moe_layers if own.layers[0] <= i < own.layers[1]] for own in footprints]
+    totals = rooms if request.wanted is None else [request.wanted * len(layers) for layers in runs]
     chosen: dict[int, list[int]] = {}
     for layers, total in zip(runs, totals, strict=True):
-        chosen |= most_used(counts, layers, config.n_routed_experts, total)
+        chosen |= most_used(request.counts, layers, config.n_routed_experts, total)
     return chosen
-
-
-def has_plain_experts(config: ModelConfig) -> bool:
-    """Whether experts are down(silu(gate) * up) without biases, which is all that a device computes."""
-    return not config.expert_bias and config.swiglu_limit is None
-
-
-def parse_request(text: str) -> tuple[int | None, Path | None]:
-    """(number per layer, None: as many as fit; a profile or list, None: without)."""
-    head, colon, tail = text.partition(":")
-    if head == "auto" or head.isdecimal():
-        if colon and not tail:
-            raise UsageError(f"gpu-experts {text!r}: {SYNTAX}")
-        return None if head == "auto" else int(head), Path(tail) if colon else None
-    if not Path(text).is_file():
-        raise UsageError(f"gpu-experts {text!r}: no such file; {SYNTAX}")
-    return None, Path(text)
 
 
 def most_used(
@@ -77,7 +59,7 @@ def most_used(
     if not layers or not all(layer in counts for layer in layers):
         each, over = divmod(total, max(1, len(layers)))
         return {layer: list(range(each + (place < over))) for place, layer in enumerate(layers)}
-    share = torch.stack([counts[layer] / counts[layer].sum().clamp(min=1e-30) for layer in layers])
+    share = torch.stack([_shares(counts[layer]) for layer in layers])
     best = share.flatten().argsort(descending=True, stable=True)[:total].tolist()
     chosen: dict[int, list[int]] = {layer: [] for layer in layers}
     for index in best:
@@ -85,38 +67,19 @@ def most_used(
     return {layer: sorted(experts) for layer, experts in chosen.items()}
 
 
-def listed_experts(document: dict[str, object], file: Path, config: ModelConfig) -> dict[int, list[int]]:
-    """{"format": "kttools-gpu-experts", "layers": {"3": [0, 5]}}. Raises InvalidInputError."""
-    layers = document.get("layers")
-    if set(document) != {"format", "layers"} or not isinstance(layers, dict):
-        raise InvalidInputError(f"{file}: expected the keys format and layers")
-    result = {}
-    for key, ids in layers.items():
-        layer = int(key) if key.isdecimal() else -1
-        is_list = isinstance(ids, list) and all(type(i) is int for i in ids)
-        if layer not in config.moe_layers or not is_list or len(set(ids)) != len(ids):
-            raise InvalidInputError(f"{file}: layer {key!r}: expected different expert ids of a MoE layer")
-        if not all(0 <= i < config.n_routed_experts for i in ids):
-            raise InvalidInputError(f"{file}: layer {key}: an id is outside 0..{config.n_routed_experts - 1}")
-        result[layer] = sorted(ids)
-    return result
+def hit_share(
+    counts: Mapping[int, Tensor], chosen: Mapping[int, Sequence[int]], config: ModelConfig
+) -> float:
+    """Of a token's choices in all MoE layers, those of `chosen` experts: by the counts, else each alike."""
+    alike = torch.ones(config.n_routed_experts, dtype=torch.float64)
+    shares = (float(_shares(counts.get(i, alike))[list(ids)].sum()) for i, ids in chosen.items())
+    return min(1.0, sum(shares) / max(1, len(config.moe_layers)))
 
 
-def profile_counts(document: dict[str, object], file: Path, config: ModelConfig) -> dict[int, Tensor]:
-    """How often every expert was chosen, all domains together, from an expert profile and its sidecar."""
-    sidecar = document.get("sidecar")
-    name = sidecar.get("file") if isinstance(sidecar, dict) else None
-    if document.get("format") != PROFILE_FORMAT or not isinstance(name, str) or "/" in name:
-        raise InvalidInputError(f"{file}: neither an expert profile nor a list of experts")
-    tensors = read_header(file.parent / name).tensors
-    found = [info for key, info in tensors.items() if key.endswith("/count")]
-    shape = (len(config.moe_layers), config.n_routed_experts)
-    if not found or any(tuple(info.shape) != shape for info in found):
-        raise InvalidInputError(f"{file}: is the profile of another model: expected counts of shape {shape}")
-    total = torch.stack([read_tensor(info).to(torch.float64) for info in found]).sum(dim=0)
-    if not bool((total.isfinite() & (total >= 0)).all()):
-        raise InvalidInputError(f"{file}: counts must be finite and not negative")
-    return dict(zip(config.moe_layers, total, strict=True))
+def _shares(counts: Tensor) -> Tensor:
+    """Each expert's part of a layer's choices; alike where nothing was counted."""
+    total = counts.sum()
+    return counts / total if total > 0 else torch.full_like(counts, 1 / len(counts))
 
 
 def _rooms(

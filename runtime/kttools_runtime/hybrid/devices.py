@@ -7,6 +7,7 @@ import torch
 from kttools_runtime.errors import HardwareError, UsageError
 
 MAX_DEVICES = 16
+MOST_DIGITS = 4
 EXPECTED = "expected cpu, cuda:N, a list like cuda:0,cuda:1, or simulated devices cpu:0,cpu:1"
 
 
@@ -53,7 +54,7 @@ def parse_devices(text: str) -> Devices | None:
 
 
 def _number(name: str, text: str) -> int:
-    number = name.partition(":")[2] or "0"
-    if ":" in name and not number.isdecimal():
-        raise UsageError(f"unknown device {text!r}: {EXPECTED}")
-    return int(number)
+    _, colon, number = name.partition(":")
+    if colon and not (number.isascii() and number.isdecimal() and len(number) <= MOST_DIGITS):
+        raise UsageError(f"unknown device {text[:200]!r}: {EXPECTED}")
+    return int(number or "0")

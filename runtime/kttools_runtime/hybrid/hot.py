@@ -10,8 +10,11 @@ from torch.nn import functional
 from kttools_runtime.errors import UnsupportedModelError
 from kttools_runtime.weights import LinearWeights
 
+from .gating import Gating
 from .linears import expand_int4
 from .untile import ExpertCodes
+
+PLAIN = Gating()
 
 
 def expanded(matrix: LinearWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -32,10 +35,12 @@ def product(x: Tensor, matrix: LinearWeights, dtype: torch.dtype) -> Tensor:
     return out if scale is None else out.mul_(scale)
 
 
-def gated(x: Tensor, codes: ExpertCodes, dtype: torch.dtype) -> Tensor:
-    """One expert: x [T, H] -> float32 [T, H]."""
-    gate, up = product(x, codes.gate_up, dtype).chunk(2, dim=-1)
-    return product(functional.silu(gate).mul_(up), codes.down, dtype)
+def gated(
+    x: Tensor, codes: ExpertCodes, dtype: torch.dtype, gating: Gating = PLAIN, expert: int = 0
+) -> Tensor:
+    """One expert: x [T, H] -> float32 [T, H]. expert: whose biases gating adds."""
+    inner = gating.inner(product(x, codes.gate_up, dtype), expert)
+    return gating.outer(product(inner, codes.down, dtype), expert)
 
 
 class ExpertSum:
@@ -45,8 +50,17 @@ class ExpertSum:
     once, so that adding an expert asks the device nothing.
     """
 
-    def __init__(self, x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        num_experts: int,
+        dtype: torch.dtype,
+        gating: Gating = PLAIN,
+    ) -> None:
         self.x, self.dtype, self.k = x, dtype, ids.shape[1]
+        self.gating = gating
         self.out = torch.zeros(x.shape[0], x.shape[1], device=x.device)
         flat = ids.flatten()
         self._order = flat.argsort(stable=True)
@@ -57,7 +71,7 @@ class ExpertSum:
         chosen = self._order[self._ends[expert] : self._ends[expert + 1]]
         if len(chosen):
             rows = chosen // self.k
-            product = gated(self.x[rows], codes, self.dtype)
+            product = gated(self.x[rows], codes, self.dtype, self.gating, expert)
             self.out.index_add_(0, rows, product * self._weights[chosen, None])
 
 
@@ -71,8 +85,10 @@ class HotExperts:
         device: torch.device,
         dtype: torch.dtype,
         is_triton: bool = False,
+        gating: Gating = PLAIN,
     ) -> None:
         """codes: of each hot expert, all of one kind, on the device."""
+        self.gating = gating
         self.experts = tuple(codes)
         self.dtype = dtype
         self.is_triton = is_triton
@@ -96,7 +112,7 @@ class HotExperts:
 
     def chunk(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Many tokens, grouped by expert."""
-        total = ExpertSum(x, ids, weights, len(self.slot_of), self.dtype)
+        total = ExpertSum(x, ids, weights, len(self.slot_of), self.dtype, self.gating)
         for slot, expert in enumerate(self.experts):
             total.add(expert, self._codes(slot))
         return total.out
@@ -108,17 +124,17 @@ class HotExperts:
         """
         slots = self.slots(ids)[0]
         shares = torch.where(slots < 0, 0.0, weights[0])
+        experts = ids[0].clamp(min=0)
         if self.is_triton:
             from .triton_kernels import slots_product
 
-            gate, up = slots_product(x.to(self.dtype), self.gate_up, slots).chunk(2, dim=-1)
-            rows = slots_product((functional.silu(gate) * up).to(self.dtype), self.down, slots)
+            inner = self.gating.inner(slots_product(x.to(self.dtype), self.gate_up, slots), experts)
+            rows = slots_product(inner.to(self.dtype), self.down, slots)
         else:
             own = slots.clamp(min=0)
-            both = self._gathered(x.expand(len(own), -1), self.gate_up, own)
-            gate, up = both.chunk(2, dim=-1)
-            rows = self._gathered(functional.silu(gate) * up, self.down, own)
-        return (rows * shares[:, None]).sum(dim=0, keepdim=True)
+            inner = self.gating.inner(self._gathered(x.expand(len(own), -1), self.gate_up, own), experts)
+            rows = self._gathered(inner, self.down, own)
+        return (self.gating.outer(rows, experts) * shares[:, None]).sum(dim=0, keepdim=True)
 
     def _codes(self, slot: int) -> ExpertCodes:
         sides = []

@@ -5,7 +5,7 @@ import torch
 from kttools_runtime import _kernels, env
 from kttools_runtime.device_footprint import DeviceFootprint, device_footprints
 from kttools_runtime.embedding import as_tensor, read_embedding
-from kttools_runtime.errors import HardwareError, UnsupportedModelError
+from kttools_runtime.errors import HardwareError
 from kttools_runtime.experts import ExpertEngine
 from kttools_runtime.footprint import stored_tensors
 from kttools_runtime.linear import Linear, LinearSpec, Placement, TorchLinear
@@ -15,8 +15,10 @@ from kttools_runtime.model import DEFAULT_CACHE_LEN, DecoderLayer, build_layer, 
 from kttools_runtime.moe import MoELayer
 from kttools_runtime.shards import ShardWeights
 
-from .choose import has_plain_experts, hot_experts
+from .choose import hot_experts
 from .feed import ExpertFeed
+from .fused_router import fastest_route
+from .gating import read_gating
 from .handoff import Courier
 from .hot import HotExperts
 from .hot_codes import hot_codes, is_requantised
@@ -75,7 +77,7 @@ def load_hybrid(
         manifest.root / "tokenizer",
         options=options,
         layer_devices=placed,
-        mixtures=_mixtures(manifest, layers, engine, dtype, courier, footprints, options),
+        mixtures=_mixtures(manifest, shards, layers, engine, dtype, courier, footprints, options),
         courier=courier,
     )
 
@@ -92,6 +94,7 @@ def _footprints(
 
 def _mixtures(
     manifest: Manifest,
+    shards: ShardWeights,
     layers: list[DecoderLayer],
     engine: ExpertEngine,
     dtype: torch.dtype,
@@ -102,11 +105,6 @@ def _mixtures(
     config = manifest.model
     packs = {index: PackFile(manifest.expert_path(index)) for index in config.moe_layers}
     chosen = hot_experts(options, config, packs, footprints, dtype)
-    policy = options.prefill
-    if not has_plain_experts(config):
-        if policy == "gpu":
-            raise UnsupportedModelError("prefill gpu: this model's experts have biases or another gate")
-        policy = "cpu"
     feeds = [ExpertFeed(device) for device in options.devices.torch_devices]
     placed = [d for d, own in enumerate(footprints) for _ in range(*own.layers)]
     mixtures = {}
@@ -115,16 +113,18 @@ def _mixtures(
         if not isinstance(layer, MoELayer):
             raise AssertionError("config.moe_layers names a dense layer")
         device = layer.router.weight.device
+        gating = read_gating(config, shards, index, device)
         hot = None
         if chosen.get(index):
             ids = chosen[index]
             codes = hot_codes(pack, ids, device, is_requantised(dtype), engine.threads)
             held = dict(zip(ids, codes, strict=True))
             is_triton = device.type == "cuda" and _has_triton()
-            hot = HotExperts(held, config.n_routed_experts, device, dtype, is_triton)
+            hot = HotExperts(held, config.n_routed_experts, device, dtype, is_triton, gating)
         defer = 0 if index == config.num_hidden_layers - 1 else options.defer_experts
-        prefill = Prefill(policy, pack, dtype, engine.threads, engine.isa, feeds[placed[index]])
-        mixtures[index] = Mixture(layer, courier, hot, defer, prefill)
+        feed = feeds[placed[index]]
+        prefill = Prefill(options.prefill, pack, dtype, engine.threads, engine.isa, feed, gating)
+        mixtures[index] = Mixture(layer, courier, hot, defer, prefill, fastest_route(layer.router))
     return mixtures
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kttools_runtime.moe import MoELayer
 
+from .fused_router import Route
 from .handoff import Courier, HandoffBuffers, take_down
 from .hot import HotExperts
 from .prefill import Prefill
@@ -33,12 +34,20 @@ class Mixture:
     """One MoE layer of a hybrid model.
 
     defer: experts of a token delivered one layer later; 0 for the last layer. hot: those on the device.
+    route: the layer's router, or what stands for it (fused_router.py).
     """
 
     def __init__(
-        self, layer: MoELayer, courier: Courier, hot: HotExperts | None, defer: int, prefill: Prefill
+        self,
+        layer: MoELayer,
+        courier: Courier,
+        hot: HotExperts | None,
+        defer: int,
+        prefill: Prefill,
+        route: Route,
     ) -> None:
         self.layer = layer
+        self.route = route
         self.courier = courier
         self.hot = hot
         self.defer = defer
@@ -52,7 +61,7 @@ class Mixture:
 
     def choose(self, x: Tensor, is_deferring: bool) -> tuple[Choice, Tensor]:
         """The engine's choice, and the router's own ids with those of the CPU in them."""
-        ids, weights = self.layer.router(x)
+        ids, weights = self.route(x)
         own = ids if self.hot is None else self.hot.without(ids)
         if not (is_deferring and self.defer):
             return Choice(own, weights, None), ids

@@ -23,7 +23,8 @@ from kttools_runtime.errors import CorruptFileError, UsageError
 from kttools_runtime.moe import RoutedExperts
 
 from .feed import ExpertFeed
-from .hot import ExpertSum, gated
+from .gating import Gating
+from .hot import PLAIN, ExpertSum, gated
 from .untile import PackFile
 
 if TYPE_CHECKING:
@@ -73,7 +74,14 @@ class Prefill:
     """
 
     def __init__(
-        self, policy: str, pack: PackFile, dtype: torch.dtype, threads: int, isa: str, feed: ExpertFeed
+        self,
+        policy: str,
+        pack: PackFile,
+        dtype: torch.dtype,
+        threads: int,
+        isa: str,
+        feed: ExpertFeed,
+        gating: Gating = PLAIN,
     ) -> None:
         if policy not in POLICIES:
             raise UsageError(f"prefill must be one of {', '.join(POLICIES)}, got {policy!r}")
@@ -82,6 +90,7 @@ class Prefill:
         self.dtype = dtype
         self.engine = (threads, isa)
         self.feed = feed
+        self.gating = gating
 
     def plan(self, experts: RoutedExperts, ids: Tensor) -> PrefillPlan:
         """ids int64 [T, k] on the device, -1: none."""
@@ -100,7 +109,8 @@ class Prefill:
 
     def on_device(self, experts: RoutedExperts, x: Tensor, choice: "Choice", plan: PrefillPlan) -> Tensor:
         """What the streamed experts add; two of them are on the device at a time."""
-        total = ExpertSum(x, choice.ids, choice.weights, self.pack.header.num_experts, self.dtype)
+        count = self.pack.header.num_experts
+        total = ExpertSum(x, choice.ids, choice.weights, count, self.dtype, self.gating)
         self.feed.run(self.pack, plan.device_experts, total.add)
         return total.out
 

@@ -60,7 +60,8 @@ class Architecture:
 
     finish(metadata, tensors, config): completes what the keys gave (in place) and returns notices.
     describe(model): the GGUF keys beyond the table, relative, for a file we write; raises
-    UnsupportedModelError for what GGUF cannot say. holds(model): whether such a model can be written as this.
+    UnsupportedModelError for what GGUF cannot say. gaps(model): what keeps such a model from being written as
+    this, in words; empty when nothing does.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Architecture:
     names: tuple[Name, ...]
     finish: Callable[[Metadata, dict[str, GgufTensor], dict[str, Any]], list[str]]
     describe: Callable[[ModelConfig], dict[str, int | float | bool | str]]
-    holds: Callable[[ModelConfig], bool]
+    gaps: Callable[[ModelConfig], list[str]]
 
     def hub_name(self, gguf_name: str) -> tuple[str, Transform] | None:
         """The hub's name of a GGUF tensor; None when the table does not know it."""
@@ -104,6 +105,11 @@ def model_keys(model: ModelConfig, keys: Iterable[Key]) -> dict[str, int | float
     """The table's keys for a file we write, from the fields of the same name; null ones are left out."""
     values = {key.gguf: getattr(model, key.config, None) for key in keys}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def unmet(needs: dict[str, bool]) -> list[str]:
+    """The needs that are not met."""
+    return [need for need, is_met in needs.items() if not is_met]
 
 
 def leading_dense_layers(model: ModelConfig) -> int:

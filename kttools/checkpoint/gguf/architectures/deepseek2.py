@@ -25,6 +25,7 @@ from .base import (
     Key,
     layer_names,
     leading_dense_layers,
+    unmet,
 )
 
 NAME = "deepseek2"
@@ -179,8 +180,13 @@ def _describe_rope(rope: RopeScaling | None) -> dict[str, int | float | bool | s
     return keys
 
 
-def holds(model: ModelConfig) -> bool:
-    return model.attention == "mla" and not model.attention_bias and model.rope_interleave
+def gaps(model: ModelConfig) -> list[str]:
+    needs = {
+        "multi-head latent attention": model.attention == "mla",
+        "no biases of attention": not model.attention_bias,
+        "rotary pairs together (rope_interleave)": model.rope_interleave,
+    }
+    return unmet(needs)
 
 
-ARCHITECTURE = Architecture(NAME, KEYS, NAMES, finish, describe, holds)
+ARCHITECTURE = Architecture(NAME, KEYS, NAMES, finish, describe, gaps)

@@ -19,6 +19,7 @@ from .base import (
     Key,
     layer_names,
     leading_dense_layers,
+    unmet,
 )
 
 NAME = "glm4moe"
@@ -78,8 +79,12 @@ def describe(model: ModelConfig) -> gqa.Described:
     return gqa.describe_attention(model) | keys
 
 
-def holds(model: ModelConfig) -> bool:
-    return gqa.is_plain(model) and model.router == "sigmoid_bias_groups" and model.n_shared_experts > 0
+def gaps(model: ModelConfig) -> list[str]:
+    needs = {
+        "a sigmoid router with a correction bias": model.router == "sigmoid_bias_groups",
+        "shared experts": model.n_shared_experts > 0,
+    }
+    return unmet(gqa.plain_needs(model) | needs)
 
 
-ARCHITECTURE = Architecture(NAME, KEYS, NAMES, finish, describe, holds)
+ARCHITECTURE = Architecture(NAME, KEYS, NAMES, finish, describe, gaps)

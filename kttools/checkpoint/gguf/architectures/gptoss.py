@@ -11,7 +11,7 @@ from kttools_runtime.config import ModelConfig
 from kttools_runtime.errors import UnsupportedModelError
 
 from . import gqa
-from .base import MODEL_NAMES, ROUTED_NAMES, Architecture, Name, layer_names
+from .base import MODEL_NAMES, ROUTED_NAMES, Architecture, Name, layer_names, unmet
 
 NAME = "gpt-oss"
 MLP = "model.layers.{layer}.mlp."
@@ -68,10 +68,10 @@ def describe(model: ModelConfig) -> gqa.Described:
     return gqa.describe_attention(model) | window
 
 
-def holds(model: ModelConfig) -> bool:
-    is_gate = model.swiglu_alpha == 1.702 and model.swiglu_limit == 7.0
-    is_router = model.router == "softmax_groups" and model.norm_topk_prob and model.router_bias
-    return is_gate and is_router and model.attention_sinks and model.expert_bias
+def gaps(model: ModelConfig) -> list[str]:
+    needs = {"attention sinks": model.attention_sinks, "biases of the experts": model.expert_bias}
+    needs |= {"swiglu_alpha 1.702": model.swiglu_alpha == 1.702, "swiglu_limit 7": model.swiglu_limit == 7.0}
+    return unmet(needs | {"a router bias": model.router_bias} | gqa.softmax_needs(model, True))
 
 
-ARCHITECTURE = Architecture(NAME, gqa.KEYS, NAMES, finish, describe, holds)
+ARCHITECTURE = Architecture(NAME, gqa.KEYS, NAMES, finish, describe, gaps)

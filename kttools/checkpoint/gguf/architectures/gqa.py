@@ -77,15 +77,24 @@ def describe_attention(model: ModelConfig) -> Described:
     } | _describe_rope(model)
 
 
-def is_plain(model: ModelConfig) -> bool:
+def plain_needs(model: ModelConfig) -> dict[str, bool]:
     """Grouped-query attention of whole layers, with nothing that only some architectures can say."""
-    return (
-        model.attention == "gqa"
-        and model.sliding_window is None
-        and not model.attention_output_bias
-        and not (model.attention_sinks or model.router_bias or model.expert_bias)
-        and not model.rope_interleave
-    )
+    return {
+        "grouped-query attention": model.attention == "gqa",
+        "no sliding window": model.sliding_window is None,
+        "no bias of o_proj": not model.attention_output_bias,
+        "no attention sinks": not model.attention_sinks,
+        "no biases of router or experts": not (model.router_bias or model.expert_bias),
+        "rotary pairs apart": not model.rope_interleave,
+    }
+
+
+def softmax_needs(model: ModelConfig, norm_topk_prob: bool) -> dict[str, bool]:
+    """A softmax router over all experts whose normalisation the architecture fixes."""
+    return {
+        "a softmax router without groups": model.router == "softmax_groups" and model.n_group == 1,
+        f"norm_topk_prob {str(norm_topk_prob).lower()}": model.norm_topk_prob is norm_topk_prob,
+    }
 
 
 def all_layers_moe(model: ModelConfig) -> None:

@@ -7,7 +7,7 @@ from kttools.checkpoint.gguf.metadata import Metadata
 from kttools_runtime.config import ModelConfig
 
 from . import gqa
-from .base import BLOCK_NAMES, MODEL_NAMES, ROUTED_NAMES, Architecture, Name, Transform
+from .base import BLOCK_NAMES, MODEL_NAMES, ROUTED_NAMES, Architecture, Name, Transform, unmet
 
 NAME = "qwen2moe"
 LAYER = "model.layers.{layer}.mlp."
@@ -60,10 +60,13 @@ def describe(model: ModelConfig) -> gqa.Described:
     return gqa.describe_attention(model) | shared
 
 
-def holds(model: ModelConfig) -> bool:
-    is_router = model.router == "softmax_groups" and not model.norm_topk_prob and model.n_group == 1
-    is_attention = gqa.is_plain(model) and not model.qk_norm and model.qk_nope_head_dim == 0
-    return is_router and is_attention and model.shared_expert_gate
+def gaps(model: ModelConfig) -> list[str]:
+    needs = {
+        "no norm of query and key": not model.qk_norm,
+        "shared experts with a gate": model.shared_expert_gate,
+        "whole heads rotated": model.qk_nope_head_dim == 0,
+    }
+    return unmet(gqa.plain_needs(model) | gqa.softmax_needs(model, False) | needs)
 
 
-ARCHITECTURE = Architecture(NAME, gqa.KEYS, NAMES, finish, describe, holds)
+ARCHITECTURE = Architecture(NAME, gqa.KEYS, NAMES, finish, describe, gaps)

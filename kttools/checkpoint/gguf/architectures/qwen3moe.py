@@ -7,7 +7,7 @@ from kttools.checkpoint.gguf.metadata import Metadata
 from kttools_runtime.config import ModelConfig
 
 from . import gqa
-from .base import BLOCK_NAMES, MODEL_NAMES, ROUTED_NAMES, Architecture
+from .base import BLOCK_NAMES, MODEL_NAMES, ROUTED_NAMES, Architecture, unmet
 
 NAME = "qwen3moe"
 NAMES = (*MODEL_NAMES, *BLOCK_NAMES, *ROUTED_NAMES, *gqa.PROJECTION_NAMES, *gqa.HEAD_NORM_NAMES)
@@ -33,10 +33,14 @@ def describe(model: ModelConfig) -> gqa.Described:
     return gqa.describe_attention(model)
 
 
-def holds(model: ModelConfig) -> bool:
-    is_router = model.router == "softmax_groups" and model.norm_topk_prob and model.n_group == 1
-    is_attention = gqa.is_plain(model) and model.qk_norm and not model.attention_bias
-    return is_router and is_attention and model.n_shared_experts == 0 and model.qk_nope_head_dim == 0
+def gaps(model: ModelConfig) -> list[str]:
+    needs = {
+        "a norm of query and key": model.qk_norm,
+        "no biases of attention": not model.attention_bias,
+        "no shared experts": model.n_shared_experts == 0,
+        "whole heads rotated": model.qk_nope_head_dim == 0,
+    }
+    return unmet(gqa.plain_needs(model) | gqa.softmax_needs(model, True) | needs)
 
 
-ARCHITECTURE = Architecture(NAME, gqa.KEYS, NAMES, finish, describe, holds)
+ARCHITECTURE = Architecture(NAME, gqa.KEYS, NAMES, finish, describe, gaps)
