@@ -17,6 +17,8 @@ ASAN := $(CURDIR)/build/asan
 # Files that break every rule of their format, read as far as a program would.
 HOSTILE := tests/checkpoint/test_gguf_hostile.py tests/checkpoint/test_safetensors_header.py tests/checkpoint/test_checkpoint.py \
 	tests/checkpoint/test_fp8.py tests/families/test_gpt_oss.py tests/runtime/test_pack.py tests/engine/test_dequantize.py
+# Bindings beyond the kernels: steps of a layer, errors of a conversion, blocks into packs and back.
+BINDINGS := tests/engine/test_steps.py tests/engine/test_gqa_step.py tests/quantize/test_report.py tests/quantize/test_blocks.py
 # Bounds the memory of a process, in which the sanitizer keeps what was freed.
 MEMORY := tests/checkpoint/test_checkpoint.py::test_memory_holds_one_tensor
 
@@ -78,7 +80,7 @@ sanitize: dev
 	PYTHONPATH=$(ASAN)/lib ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	sh -c '$(BIN)/python -m pytest -m "isa and not slow" tests/engine \
-	&& $(BIN)/python -m pytest -m "not isa" tests/engine/test_steps.py tests/engine/test_gqa_step.py \
+	&& $(BIN)/python -m pytest -m "not isa" $(BINDINGS) \
 	&& $(BIN)/python -m pytest $(HOSTILE) --deselect $(MEMORY) && $(BIN)/python -m tests.fuzz.run gguf safetensors --save build/fuzz'
 
 bench: install
