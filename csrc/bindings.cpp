@@ -381,8 +381,12 @@ PYBIND11_MODULE(_kernels, m) {
       .def_property_readonly("num_experts", [](const LayerOverBlobs& self) { return self.layer.num_experts(); })
       .def_property_readonly("node_bytes", [](const LayerOverBlobs& self) { return self.layer.node_bytes(); })
       .def(
-          "make_resident", [](LayerOverBlobs& self) { self.layer.make_resident(); },
-          py::call_guard<py::gil_scoped_release>())
+          "make_resident",
+          [](LayerOverBlobs& self, int expert) {
+            if (expert < 0 || expert >= self.layer.num_experts()) throw py::index_error("expert");
+            self.layer.make_resident(expert);
+          },
+          py::arg("expert"), py::call_guard<py::gil_scoped_release>())
       .def("set_biases", &layer_biases, py::arg("gate"), py::arg("up"), py::arg("down"))
       .def("set_gate", &layer_gate, py::arg("alpha"), py::arg("limit"), py::arg("up_offset"))
       .def("forward", &layer_forward, py::arg("x"), py::arg("expert_ids"), py::arg("expert_weights"), py::arg("out"));

@@ -153,17 +153,21 @@ std::vector<size_t> ExpertLayer::node_bytes() const {
   return bytes;
 }
 
-void ExpertLayer::make_resident() {
+void ExpertLayer::make_resident(int expert) {
+  const auto share_of = [&](int node) {
+    for (const Weights* weights : {&experts_[expert].gate_up, &experts_[expert].down}) {
+      const StripCounter::Run share = engine_->share(weights->shape.strips(), node);
+      kt::make_resident(weights->strip(share.begin), (share.end - share.begin) * weights->shape.strip_bytes(),
+                        engine_->node(node));
+      if (!weights->scales) continue;
+      kt::make_resident(weights->scales + share.begin * kStripCols,
+                        (share.end - share.begin) * kStripCols * sizeof(float), engine_->node(node));
+    }
+  };
+  if (engine_->nodes() == 1) return share_of(0);
   std::lock_guard<std::mutex> busy(engine_->busy());
   engine_->pool().run(engine_->threads(), [&](int worker) {
-    const int node = engine_->node_of(worker), beside = engine_->workers_on(node);
-    for (int e = worker / engine_->nodes(); e < num_experts(); e += beside) {
-      for (const Weights* weights : {&experts_[e].gate_up, &experts_[e].down}) {
-        const StripCounter::Run share = engine_->share(weights->shape.strips(), node);
-        kt::make_resident(weights->strip(share.begin), (share.end - share.begin) * weights->shape.strip_bytes(),
-                          engine_->node(node));
-      }
-    }
+    if (worker < engine_->nodes()) share_of(engine_->node_of(worker));
   });
 }
 

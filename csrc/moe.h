@@ -35,8 +35,9 @@ class ExpertLayer {
 
   // Bytes of weights that each node of the engine multiplies (kReplicate: holds).
   std::vector<size_t> node_bytes() const;
-  // Brings every node's weights into memory, from its own threads. Without it they come as they are used.
-  void make_resident();
+  // Brings an expert's weights into memory, every node's from its own threads; on one node from the calling thread, beside
+  // whatever the engine computes. Without it they come as they are used.
+  void make_resident(int expert);
 
   // gate, up [num_experts, moe_intermediate_size], down [num_experts, hidden_size]: added to the matrices' outputs.
   void set_biases(const float* gate, const float* up, const float* down);

@@ -125,6 +125,7 @@ KT_INLINE void dot_rows(const float* x, const T* matrix, int rows, size_t n, flo
         load_tail(a, x + c, tail);
       }
       for (size_t i = 0; i < 4; ++i) {
+        __builtin_prefetch(row + (i + 4) * n + c);  // the next four rows: nothing else asks for them so early
         if (c < whole) {
           load(b, row + i * n + c);
         } else {
@@ -162,6 +163,7 @@ KT_INLINE void add_rows(const float* const* weights, const uint16_t* rows, size_
     Lanes row[kRows];
     for (int r = 0; r < kRows; ++r) {
       const uint16_t* at = rows + static_cast<size_t>(r) * stride + c;
+      __builtin_prefetch(at + kRows * stride);
       if (count == kLanes) {
         load(row[r], at);
       } else {

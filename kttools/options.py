@@ -215,6 +215,17 @@ def numa_option(function: F) -> F:
     )(function)
 
 
+def preload_option(function: F) -> F:
+    """--preload as `preload`."""
+    return click.option(
+        "--preload",
+        type=click.Choice(["background", "wait", "off"]),
+        default="background",
+        show_default=True,
+        help="Read the expert packs into memory: beside the first answer, before it, or as they are needed.",
+    )(function)
+
+
 def overcommit_option(function: F) -> F:
     """--overcommit as `overcommit`."""
     return click.option(

@@ -10,9 +10,10 @@ import torch
 from kttools.plan.ceilings import machine_key, remember
 from kttools_runtime._kernels import available_isas, numa_nodes
 from kttools_runtime.experts import ExpertEngine
+from kttools_runtime.huge_pages import huge_memory
 
 from .kt_peer import KtKernelPeer
-from .layer import RandomLayer, huge_memory, huge_page_share, random_layer
+from .layer import RandomLayer, huge_page_share, random_layer
 from .roofline import CeilingLog, Ceilings, nearest
 from .shapes import LayerShape
 

@@ -5,7 +5,6 @@ blob, at their own addresses. The kernels' time does not depend on the values, a
 from memory like any other.
 """
 
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +12,11 @@ import numpy as np
 import torch
 
 from kttools_runtime import _kernels
-from kttools_runtime.errors import ResourceError
 from kttools_runtime.experts import ExpertEngine, ExpertLayer, as_numpy, pack_format
+from kttools_runtime.huge_pages import huge_memory
 
 from .shapes import LayerShape
 
-HUGE_PAGE = 2 << 20
 # ggml's blocks: inputs, bytes, and their float16 scales (place, size for weights of about unit variance).
 BLOCKS = {
     "q4_k": (256, 144, ((0, 1 / 180), (2, 1 / 25))),
@@ -35,20 +33,6 @@ class RandomLayer:
     layer: ExpertLayer
     memory: np.ndarray
     expert_bytes: int
-
-
-def huge_memory(size: int) -> np.ndarray:
-    """uint8 [size], zero, on a 2 MiB boundary; huge pages are asked for. Raises ResourceError."""
-    try:
-        # Private: shared memory gets no huge pages on most systems.
-        mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise ResourceError(f"cannot map {size >> 20} MiB for the layer: {error}") from None
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    raw = np.frombuffer(mapping, dtype=np.uint8)
-    start = -raw.ctypes.data % HUGE_PAGE
-    return raw[start : start + size]
 
 
 def huge_page_share(memory: np.ndarray) -> float | None:

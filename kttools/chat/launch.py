@@ -35,6 +35,7 @@ class LoadOptions:
     prefill: str = "auto"
     graphs: bool = True
     overcommit: bool = False
+    preload: str = "background"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +94,17 @@ def open_session(
 
 
 def load_model(bundle: Path, load: LoadOptions) -> Any:
-    """kt.load() with our options' names. Raises what it raises."""
+    """kt.load() with our options' names, its packs being read unless they are larger than RAM. Raises what it
+    raises."""
     import kttools_runtime as kt
 
-    return kt.load(
+    plans = []
+
+    def planned(plan: Any) -> None:
+        announce(load, plan)
+        plans.append(plan)
+
+    model = kt.load(
         bundle,
         device=load.device,
         threads=load.cpu_infer,
@@ -110,8 +118,14 @@ def load_model(bundle: Path, load: LoadOptions) -> Any:
         prefill=load.prefill,
         graphs=load.graphs,
         check_memory=not load.overcommit,
-        on_plan=lambda plan: announce(load, plan),
+        on_plan=planned,
     )
+    if load.preload != "off" and all(plan.fits for plan in plans):
+        reader = model.pack_reader()
+        reader.start()
+        if load.preload == "wait":
+            reader.wait()
+    return model
 
 
 def announce(load: LoadOptions, plan: Any) -> None:

@@ -68,6 +68,7 @@ Examples:
 @click.option("--force_think", is_flag=True, help="Begin every answer with <think>.")
 @options.isa_option
 @options.numa_option
+@options.preload_option
 @options.overcommit_option
 @signature_options
 @click.option("--raw", is_flag=True, help="Continue the plain text, without the chat template.")

@@ -124,7 +124,7 @@ def _read_bytes(tensor: StoredTensor, config: ModelConfig, is_on_gpu: bool) -> i
 
 def measure(threads: int, numa: str, compute_format: str) -> Ceilings:
     """This machine's ceilings with the engine's own threads, in a second or a few."""
-    from kttools.bench.layer import huge_memory
+    from kttools_runtime.huge_pages import huge_memory
     from kttools_runtime.memory import available_bytes
 
     size = min(PROBE_BYTES, available_bytes() // 4)

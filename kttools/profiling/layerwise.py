@@ -126,7 +126,8 @@ class LayerRunner:
     def _attend(self, layer: DecoderLayer, hidden: Tensor) -> None:
         num_tokens = hidden.shape[0]
         cache = torch.empty(num_tokens, self._width, dtype=self.model.dtype, device=hidden.device)
-        set_torch_threads(self.config, self.model.dtype, self.model.threads, 0, num_tokens)
+        threads = layer.torch_threads(self.model.threads, num_tokens)
+        set_torch_threads(self.config, self.model.dtype, threads, 0, num_tokens)
         layer.attend(hidden, self._window_step(num_tokens), cache)
 
     @torch.inference_mode()

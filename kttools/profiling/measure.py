@@ -172,11 +172,18 @@ class Judge:
 
     def _measure(self, policies: Policies) -> Measured:
         result = Measured()
-        for window, full in zip(self.windows, self.full, strict=True):
+        lengths = [len(window.token_ids) - 1 for window in self.windows]
+        # Made before the rows of logits: a small block that stays among those freed would split the hole they
+        # leave, and every window could take 16 MB more.
+        rows = torch.empty(sum(lengths)).split(lengths)
+        for window, full, token_kl in zip(self.windows, self.full, rows, strict=True):
             started = time.perf_counter()
             hidden, kept = self._forward(window, policies)
             result.seconds += time.perf_counter() - started
-            self._record(result, window, compare_tokens(self.runner, full, hidden, window.token_ids), kept)
+            sums = compare_tokens(self.runner, full, hidden, window.token_ids)
+            token_kl.copy_(sums.kl)
+            result.token_kl.setdefault(window.domain, []).append(token_kl)
+            self._record(result, window, sums, kept)
         return result
 
     def _forward(self, window: Window, policies: Policies) -> tuple[Tensor, dict[int, int]]:
@@ -196,7 +203,6 @@ class Judge:
             last = DocumentSums(window.domain, window.document)
             result.documents.append(last)
         last.add(sums)
-        result.token_kl.setdefault(window.domain, []).append(sums.kl)
         total = result.kept.setdefault(window.domain, dict.fromkeys(kept, 0))
         for index, number in kept.items():
             total[index] += number

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .config import ModelConfig
+from .huge_pages import in_huge_pages
 from .linear import LinearSpec, Placement
 from .norm import RMSNorm
 from .rope import pair_order, rotate_
@@ -94,8 +95,8 @@ class LatentAttention:
         per_head = kv_b.to(device=placement.device, dtype=dtype).view(
             config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank
         )
-        self.w_uk = per_head[:, : config.qk_nope_head_dim].contiguous()
-        self.w_uv = per_head[:, config.qk_nope_head_dim :].contiguous()
+        self.w_uk = in_huge_pages(per_head[:, : config.qk_nope_head_dim])
+        self.w_uv = in_huge_pages(per_head[:, config.qk_nope_head_dim :])
 
     def __call__(self, x: Tensor, step: Step, cache: Tensor) -> Tensor:
         """cache: this layer's [capacity, kv_lora_rank + qk_rope_head_dim]; rows start... are written here."""

@@ -61,9 +61,10 @@ class ExpertLayer:
         """From now on g * sigmoid(alpha g) * (u + 1), g = min(gate, limit) and u = up within +-limit."""
         self.native.set_gate(alpha, limit, 1.0)
 
-    def make_resident(self) -> None:
-        """Bring every node's weights into memory, from threads of that node."""
-        self.native.make_resident()
+    def make_resident(self, expert: int) -> None:
+        """Bring an expert's weights into memory, each node's from a thread of that node; on one node beside
+        whatever the engine computes."""
+        self.native.make_resident(expert)
 
     def forward(
         self,

@@ -17,8 +17,15 @@ from .routing import make_router
 class ExpertLayer(Protocol):
     """The routed experts of one layer, as `kttools_runtime.experts` provides them."""
 
+    @property
+    def num_experts(self) -> int:
+        """How many."""
+
     def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
         """x [T, H] bf16 or f32, ids int64 [T, k] (-1: none), weights f32 [T, k] -> f32 [T, H]."""
+
+    def make_resident(self, expert: int) -> None:
+        """Bring an expert's weights into memory."""
 
 
 Watch = Callable[[Tensor, Tensor, Tensor], None]

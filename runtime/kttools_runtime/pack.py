@@ -21,6 +21,7 @@ import xxhash
 
 from . import _kernels
 from .errors import InvalidInputError, PackFormatError
+from .huge_pages import ask_for_huge_pages
 from .weights import check_sum_inputs
 
 MAGIC = b"KTEXPERT"
@@ -205,6 +206,7 @@ def map_pack(path: str | Path) -> tuple[PackHeader, list[np.ndarray]]:
     with _opened(Path(path)) as descriptor:
         header = _read_header(descriptor, path)
         mapping = mmap.mmap(descriptor, header.file_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        ask_for_huge_pages(mapping)
     whole = np.frombuffer(mapping, dtype=np.uint8)
     return header, [whole[expert.offset : expert.offset + expert.bytes] for expert in header.experts]
 

@@ -36,15 +36,19 @@ class NativeHalves:
         self._attention = _attention_step(engine, layer)
         self._mlp = _MlpStep(engine, layer)
 
+    def attends(self, num_tokens: int) -> bool:
+        """Whether the kernels have this attention, for so many tokens at once."""
+        native = self._attention
+        return native is not None and (num_tokens <= MAX_STEP_TOKENS or native.takes_many)
+
     def attend(self, hidden: Tensor, step: Step, cache: Tensor) -> bool:
         """hidden [T, hidden_size] float32 and rows of the layer's cache, updated in place.
 
         False and nothing done where the kernels have no such attention.
         """
-        native = self._attention
-        if native is None or (step.num_tokens > MAX_STEP_TOKENS and not native.takes_many):
+        if not self.attends(step.num_tokens):
             return False
-        native.forward(hidden.numpy(), step.pairs, cache.view(torch.uint16).numpy(), step.start)
+        self._attention.forward(hidden.numpy(), step.pairs, cache.view(torch.uint16).numpy(), step.start)
         return True
 
     def mix(self, hidden: Tensor) -> bool:

@@ -139,6 +139,23 @@ def test_expert_table_is_applied(nano_bundle_bf16: Path, plain: Any, samples_dir
     assert float((wanted - expected).abs().max()) > 100 * TOL
 
 
+@pytest.mark.parametrize("hot", ["5", "32"])
+def test_a_table_with_hot_and_late_experts(hot: str, nano_bundle_bf16: Path, plain: Any) -> None:
+    """The table's choice is the plain path's; then captured steps with deferral are chunks with it."""
+    tokens, _ = plain
+    options: dict[str, Any] = {"dtype": "float32", "threads": 1, "expert_table": "ds3-nano-6-adaptive"}
+    wanted = kt.load(nano_bundle_bf16, **options).logits(tokens)
+    model: Any = kt.load(nano_bundle_bf16, **options, device="cpu,cpu", gpu_experts=hot, prefill="gpu")
+    assert_close(model.logits(tokens, 9), wanted, TOL)
+    model.use_deferral(3)
+    late = model.logits(tokens, 9)
+    cache = model.new_cache(len(tokens))
+    steps = torch.stack([model.decode(token, cache) for token in tokens.tolist()])
+    assert_close(steps, late, TOL)
+    if hot == "5":
+        assert float((late - wanted).abs().max()) > 100 * TOL
+
+
 @pytest.mark.parametrize(
     "text", ["gpu", "cpu:x", "cuda:0,cpu", "", "cuda:-1", "cpu,cpu:1x", "cpu:", "cpu:12345"]
 )
@@ -178,4 +195,7 @@ def test_bad_options(nano_bundle_bf16: Path, given: dict[str, Any], message: str
 def test_forced_linear_that_is_not_there(nano_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KTTOOLS_DEVICE_LINEAR", "fast")
     with pytest.raises(UsageError, match="KTTOOLS_DEVICE_LINEAR must be one of auto, packed, triton, dense"):
+        kt.load(nano_bundle, device="cpu:0", threads=1)
+    monkeypatch.setenv("KTTOOLS_DEVICE_LINEAR", "triton")
+    with pytest.raises(HardwareError, match=r"Triton is not installed|kernels need a CUDA device"):
         kt.load(nano_bundle, device="cpu:0", threads=1)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,32 @@ def test_a_full_disk_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     made = (pytest.fail("computed before the disk was looked at") for _ in range(1))
     with pytest.raises(ResourceError, match="GiB free; give fewer --eval-tokens"):
         spill.hold(made, 1 << 40, 1024, tmp_path)
+
+
+def test_what_stays_of_a_window_is_made_before_what_passes(
+    runner: LayerRunner, texts: list[Window], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The KL of all tokens lies in one block from before the first logits.
+
+    Small blocks in between hold the heap open: a run that judged 60,000 tokens grew past 3 GB by them.
+    """
+    judge, before = Judge(runner, texts[:4]), []
+    _ = judge.full
+    make = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **more: before.append(made := make(*size, **more)) or made
+    )
+    compare = measure.compare_tokens
+
+    def compared(*given: Any) -> measure.TokenSums:
+        monkeypatch.setattr(torch, "empty", make)
+        return compare(*given)
+
+    monkeypatch.setattr(measure, "compare_tokens", compared)
+    found = judge.measure(PlainPolicy("flat:6", "flat", (6.0,)).policies(runner.config))
+    kept = [row for rows in found.token_kl.values() for row in rows]
+    assert sum(map(len, kept)) == sum(len(window.token_ids) - 1 for window in texts[:4])
+    assert {row.untyped_storage().data_ptr() for row in kept} == {before[0].untyped_storage().data_ptr()}
 
 
 def test_ram_is_bounded(tmp_path: Path, repo: Path) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from kttools_runtime import _kernels, env
 from kttools_runtime.block_formats import BLOCKS_PART, dequantized
 from kttools_runtime.device_footprint import EXPANDED_BYTES
-from kttools_runtime.errors import UsageError
+from kttools_runtime.errors import HardwareError, UsageError
 from kttools_runtime.linear import Linear, TorchLinear
 from kttools_runtime.weights import LinearWeights
 
@@ -181,8 +181,8 @@ def linear_maker(
 ) -> Callable[[LinearWeights, Tensor | None], Linear]:
     """Makes the linears of one device. KTTOOLS_DEVICE_LINEAR forces a kind.
 
-    float32: the dequantised matrix, the reference. Raises UsageError for an unknown kind, or Triton where
-    there is none.
+    float32: the dequantised matrix, the reference. Raises UsageError for an unknown kind, HardwareError for
+    Triton's where there is none or no GPU.
     """
     kind = env.device_linear()
     if kind not in KINDS:
@@ -191,6 +191,8 @@ def linear_maker(
         from .triton_kernels import require_triton
 
         require_triton()
+        if device.type != "cuda":
+            raise HardwareError("KTTOOLS_DEVICE_LINEAR=triton: its kernels need a CUDA device")
 
     def make(matrix: LinearWeights, bias: Tensor | None) -> Linear:
         if matrix.format == "float" or dtype == torch.float32 or kind == "dense":

@@ -17,6 +17,7 @@ from kttools_runtime.linear import Linear, Placement
 from kttools_runtime.mlp import GatedMLP
 from kttools_runtime.model import DecoderLayer, Model
 from kttools_runtime.norm import RMSNorm
+from kttools_runtime.preload import PackReader
 from kttools_runtime.rope import Rope
 from kttools_runtime.torch_threads import set_torch_threads
 
@@ -64,6 +65,12 @@ class HybridModel(Model):
         self.ropes = [Rope(config, device) for device in options.devices.torch_devices]
         self._generation = 0
         self._buffers: dict[torch.dtype, HandoffBuffers] = {}
+
+    def pack_reader(self) -> PackReader:
+        """As Model.pack_reader(); experts on devices are left out."""
+        hot = {index: own.hot.experts for index, own in self.mixtures.items() if own.hot is not None}
+        layers = {index: moe.experts.layer for index, moe in self.moe_layers.items()}
+        return PackReader(layers, hot)
 
     def device_of(self, layer: int) -> torch.device:
         return self.devices.torch_devices[self.layer_devices[layer]]
