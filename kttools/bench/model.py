@@ -47,6 +47,14 @@ def time_once(model: Any, test: SpeedTest, generator: torch.Generator) -> float:
     return time.perf_counter() - start
 
 
+def warm_up(model: Any, test: SpeedTest, generator: torch.Generator) -> None:
+    """Packs in memory, scratch of its full size."""
+    reader = model.pack_reader()
+    reader.start()
+    reader.wait()
+    time_once(model, test, generator)
+
+
 def our_record(bundle: Path, model: Any, test: SpeedTest, seconds: Sequence[float]) -> Record:
     """llama-bench's fields of our run."""
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
@@ -92,14 +100,14 @@ def run(
     records: list[Record] = []
     for test in tests:
         notice(f"{test.name}: kttools")
-        time_once(model, test, generator)  # pages of weights, scratch of its full size
+        warm_up(model, test, generator)
         before = [time_once(model, test, generator) for _ in range((repeat + 1) // 2)]
         theirs = []
         for peer in peers:
             notice(f"{test.name}: llama.cpp on {peer.model.name}")
             theirs.append(peer.measure(test.n_prompt, test.n_gen, model.threads, repeat))
         if peers:
-            time_once(model, test, generator)  # the peer's file has pushed ours out of the caches
+            warm_up(model, test, generator)  # the peer's file has pushed ours out of the caches
         behind = [time_once(model, test, generator) for _ in range(repeat // 2)]
         ours = our_record(bundle, model, test, before + behind)
         records.append(ours)
