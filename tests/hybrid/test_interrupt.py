@@ -20,8 +20,9 @@ def interrupted(_: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def go_on(model: Any, tokens: torch.Tensor, cache: Any, is_prompt: bool) -> None:
-    """Until the interrupt comes."""
+def go_on(model: Any, tokens: torch.Tensor, cache: Any, seconds: float, is_prompt: bool) -> None:
+    """Until the interrupt comes, `seconds` from now."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     if is_prompt:
         model.prefill(tokens, cache)
     else:
@@ -45,8 +46,7 @@ def test_interrupts_at_any_moment(nano_bundle_bf16: Path) -> None:
             for token in tokens[:KEPT].tolist():
                 model.decode(token, cache)
             with pytest.raises(KeyboardInterrupt):
-                signal.setitimer(signal.ITIMER_REAL, 1e-4 + 25e-3 * turn / ROUNDS)
-                go_on(model, tokens[KEPT:], cache, is_prompt=turn % 3 == 0)
+                go_on(model, tokens[KEPT:], cache, 1e-4 + 25e-3 * turn / ROUNDS, is_prompt=turn % 3 == 0)
             assert cache.length >= KEPT
             cache.truncate(KEPT)
             rows = torch.stack([model.decode(token, cache) for token in tokens[KEPT:9].tolist()])
