@@ -18,7 +18,7 @@ from kttools_runtime.model import DecoderLayer, Model
 from kttools_runtime.moe import MoELayer
 from kttools_runtime.rope import Rope
 from kttools_runtime.routing import LayerTable
-from kttools_runtime.torch_threads import set_torch_threads
+from kttools_runtime.torch_threads import set_threads_for_logits, set_torch_threads
 
 MAX_WINDOW_TOKENS = 2048
 # Tokens of a batch: short documents share the experts' calls (ds3-tiny: 235 tokens on average).
@@ -133,6 +133,7 @@ class LayerRunner:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [num_tokens, vocab_size]."""
+        set_threads_for_logits(self.model.threads, len(hidden), self.config.vocab_size)
         return self.model._head(self.model._norm(hidden))
 
     def _window_step(self, num_tokens: int) -> Step:

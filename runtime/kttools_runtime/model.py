@@ -21,7 +21,7 @@ from .norm import RMSNorm
 from .preload import PackReader
 from .rope import Rope
 from .step import NativeHalves
-from .torch_threads import set_torch_threads
+from .torch_threads import set_threads_for_logits, set_torch_threads
 
 if TYPE_CHECKING:
     from .expert_table import ExpertTable
@@ -163,6 +163,7 @@ class Model:
         out = torch.empty(len(tokens), self.config.vocab_size, device=self.device)
         for start, chunk in self._chunks(tokens, chunk_size):
             out[start : start + len(chunk)] = self._head(self._norm(self._forward(chunk, cache)))
+        set_threads_for_logits(self.threads, *out.shape)
         return out
 
     @torch.inference_mode()

@@ -18,6 +18,10 @@ MACS_PER_US = {torch.bfloat16: 2e5, torch.float32: 5e4}
 BYTES_PER_US = 16e3
 
 
+# Elements of logits from which the arithmetic that follows them (log_softmax, sums by row) pays a team.
+TEAM_ELEMENTS = 1 << 22
+
+
 def attention_us(config: ModelConfig, dtype: torch.dtype, start: int, num_tokens: int) -> float:
     """Estimated time of one layer's attention on one core, in microseconds."""
     heads, context = config.num_attention_heads, start + num_tokens
@@ -49,3 +53,9 @@ def set_torch_threads(
         wanted = 1
     if torch.get_num_threads() != wanted:
         torch.set_num_threads(wanted)
+
+
+def set_threads_for_logits(threads: int, num_rows: int, vocab_size: int) -> None:
+    """After many rows of logits their owner has arithmetic on all: `threads` for it where that pays."""
+    if num_rows * vocab_size >= TEAM_ELEMENTS and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+import kttools_runtime as kt
 from kttools_runtime.config import ModelConfig
-from kttools_runtime.torch_threads import set_torch_threads
+from kttools_runtime.torch_threads import set_threads_for_logits, set_torch_threads
 from tests.oracle import BASE, canonical_config, hf_model
 
 DEEPSEEK_V3 = {
@@ -57,3 +59,20 @@ def test_team_only_where_attention_is_long(
 def test_one_thread_stays_one(small: ModelConfig) -> None:
     set_torch_threads(small, torch.float32, 1, 100_000, 4096)
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (512, 2)])
+def test_many_logits_get_the_team(rows: int, expected: int) -> None:
+    torch.set_num_threads(1)
+    set_threads_for_logits(2, rows, 129280)
+    assert torch.get_num_threads() == expected
+
+
+def test_native_attention_leaves_torch_one_thread(nano_bundle: Path) -> None:
+    model = kt.load(nano_bundle, threads=2)
+    layer = model.layers[0]
+    assert layer.native is not None
+    assert layer.native.attends(1)
+    assert layer.torch_threads(2, 1) == 1
+    layer.native = None
+    assert layer.torch_threads(2, 1) == 2
