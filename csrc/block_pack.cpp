@@ -173,7 +173,7 @@ size_t ggml_row_bytes(const FormatInfo& info, int k) {
 
 void dequantize_row(const FormatInfo& info, const uint8_t* row, int k, float* out) {
   static const char* const kNames[] = {"", "Q4_K", "Q5_K", "Q6_K", "Q8_0"};  // by BlockKind
-  const GgmlType& type = ggml_type(kNames[static_cast<int>(info.block_kind)]);
+  const GgmlType& type = type_of_name(ggml_types(), kNames[static_cast<int>(info.block_kind)]);
   type.decode(row, static_cast<size_t>(k / type.block), out);
 }
 

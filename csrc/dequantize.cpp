@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
-#include <stdexcept>
 
 #include "clones.h"
 #include "ggml_half.h"
@@ -250,15 +249,6 @@ const std::vector<GgmlType>& ggml_types() {
   };
   static const std::vector<GgmlType> table(std::begin(rows), std::end(rows));
   return table;
-}
-
-const GgmlType& ggml_type(const std::string& name) {
-  std::string known;
-  for (const GgmlType& type : ggml_types()) {
-    if (name == type.name) return type;
-    known += (known.empty() ? "" : ", ") + std::string(type.name);
-  }
-  throw std::invalid_argument("unknown ggml type " + name + ": expected one of " + known);
 }
 
 bool decode_fp8(const Fp8Blocks& blocks, uint16_t* out) {

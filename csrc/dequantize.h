@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -17,9 +18,18 @@ struct GgmlType {
   void (*decode)(const uint8_t* data, size_t blocks, float* out);
 };
 
+// The type of that name. Throws std::invalid_argument listing the names.
+template <typename Type>
+const Type& type_of_name(const std::vector<Type>& types, const std::string& name) {
+  std::string known;
+  for (const Type& type : types) {
+    if (name == type.name) return type;
+    known += (known.empty() ? "" : ", ") + std::string(type.name);
+  }
+  throw std::invalid_argument("unknown ggml type " + name + ": expected one of " + known);
+}
+
 const std::vector<GgmlType>& ggml_types();
-// One of them. Throws std::invalid_argument listing the names.
-const GgmlType& ggml_type(const std::string& name);
 
 // e4m3 codes [rows, cols] with a scale per block of block_rows x block_cols; row 0 is row `first_row` of its block. scales
 // [.., ceil(cols / block_cols)], from the block of row 0 on. out: bf16 of code * scale, to nearest even.

@@ -20,7 +20,7 @@ size_t check_blocks(const py::array& data, int bytes) {
 }
 
 py::array_t<float> decode_ggml(const std::string& name, const py::array& data) {
-  const GgmlType& type = ggml_type(name);
+  const GgmlType& type = type_of_name(ggml_types(), name);
   const size_t blocks = check_blocks(data, type.bytes);
   py::array_t<float> values(static_cast<py::ssize_t>(blocks) * type.block);
   const auto* bytes = static_cast<const uint8_t*>(data.data());
@@ -31,7 +31,7 @@ py::array_t<float> decode_ggml(const std::string& name, const py::array& data) {
 }
 
 py::array_t<float> decode_codebook(const std::string& name, const py::array& data, const py::array& grid) {
-  const CodebookType& type = codebook_type(name);
+  const CodebookType& type = type_of_name(codebook_types(), name);
   const size_t blocks = check_blocks(data, type.bytes);
   const int8_t* rows = read<int8_t>(grid, "grid", {type.grid_rows, type.grid_columns});
   py::array_t<float> values(static_cast<py::ssize_t>(blocks) * kCodebookBlock);

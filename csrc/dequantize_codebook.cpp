@@ -1,7 +1,5 @@
 #include "dequantize_codebook.h"
 
-#include <stdexcept>
-
 #include "clones.h"
 #include "ggml_half.h"
 
@@ -135,15 +133,6 @@ const std::vector<CodebookType>& codebook_types() {
       {"IQ1_M", 56, 2048, 8, decode_iq1_m},
   };
   return table;
-}
-
-const CodebookType& codebook_type(const std::string& name) {
-  std::string known;
-  for (const CodebookType& type : codebook_types()) {
-    if (name == type.name) return type;
-    known += (known.empty() ? "" : ", ") + std::string(type.name);
-  }
-  throw std::invalid_argument("unknown ggml type " + name + ": expected one of " + known);
 }
 
 }  // namespace kt

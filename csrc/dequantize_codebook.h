@@ -18,7 +18,5 @@ struct CodebookType {
 
 constexpr int kCodebookBlock = 256;
 const std::vector<CodebookType>& codebook_types();
-// One of them. Throws std::invalid_argument.
-const CodebookType& codebook_type(const std::string& name);
 
 }  // namespace kt

@@ -1,5 +1,6 @@
 """Peak memory of a process. Not ru_maxrss: it survives exec, so a child starts with its parent's peak."""
 
+import re
 import resource
 import weakref
 from pathlib import Path
@@ -29,6 +30,19 @@ def anonymous_bytes() -> int:
 def resident_bytes() -> int:
     """What this process holds in RAM now, mapped files included, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def mapped(pid: int | str, suffix: str, proc: Path = Path("/proc")) -> dict[str, int]:
+    """Sums over a process's mappings of files that end so, in bytes, by smaps's names of the fields."""
+    sums = dict.fromkeys(("Rss", "Pss", "Private_Dirty", "FilePmdMapped"), 0)
+    is_ours = False
+    for line in (proc / str(pid) / "smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            is_ours = line.endswith(suffix)
+        name, _, value = line.partition(":")
+        if is_ours and name in sums:
+            sums[name] += int(value.split()[0]) * 1024
+    return sums
 
 
 class PeakBytes(TorchDispatchMode):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.long_run import growth
+from tests.memory import mapped
 
 REPO = Path(__file__).resolve().parents[1]
 # A process that has every page of its packs in use; it says so and waits for a line.
@@ -66,19 +67,6 @@ def start_reader(readers: list["subprocess.Popen[str]"], bundle: Path) -> int:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process.pid
-
-
-def mapped(pid: int, suffix: str) -> dict[str, int]:
-    """Sums over this process's mappings of files that end so, in bytes: Rss, Pss, Private_Dirty."""
-    sums = {"Rss": 0, "Pss": 0, "Private_Dirty": 0}
-    is_ours = False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            is_ours = line.endswith(suffix)
-        name, _, value = line.partition(":")
-        if is_ours and name in sums:
-            sums[name] += int(value.split()[0]) * 1024
-    return sums
 
 
 def rollup(pid: int, field: str) -> int:

@@ -3,47 +3,27 @@
 #include <cstring>
 
 #include "blocks.h"
+#include "ggml_half.h"
 
 namespace kt {
 namespace {
 
-inline float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t float_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 inline float load(const float* x, size_t i) { return x[i]; }
-inline float load(const uint16_t* x, size_t i) { return bits_to_float(static_cast<uint32_t>(x[i]) << 16); }
-
-inline float half_to_float(const uint8_t* at) {
-  const uint32_t half = static_cast<uint32_t>(at[0] | at[1] << 8);
-  const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
-  if (exponent == 31) return bits_to_float(sign | 0x7f800000u | fraction << 13);
-  if (exponent) return bits_to_float(sign | (exponent + 112) << 23 | fraction << 13);
-  const float tiny = static_cast<float>(fraction) * 5.9604644775390625e-8f;  // 2^-24
-  return sign ? -tiny : tiny;
-}
+inline float load(const uint16_t* x, size_t i) { return from_bits(static_cast<uint32_t>(x[i]) << 16); }
 
 template <typename T>
 void quantize_block(const T* x, size_t n, BlockActivations* out) {
   std::memset(static_cast<void*>(out), 0, sizeof *out);
   uint32_t largest = 0;  // comparing the bits of |x| as integers puts NaN above every number
   for (size_t i = 0; i < n; ++i) {
-    const uint32_t bits = float_bits(load(x, i)) & 0x7fffffffu;
+    const uint32_t bits = to_bits(load(x, i)) & 0x7fffffffu;
     largest = bits > largest ? bits : largest;
   }
   if (largest >= 0x7f800000u) {
     out->scale = NAN;
     return;
   }
-  const float amax = bits_to_float(largest);
+  const float amax = from_bits(largest);
   if (amax < 1e-30f) return;
   const float inverse = 127.0f / amax;
   for (size_t i = 0; i < n; ++i) {
@@ -89,8 +69,7 @@ float dot_q45(const uint8_t* block, const BlockActivations& a, int col) {
     total += part * six_bits(block, col, sub);
     mins += a.sum32[sub] * six_bits(block, col, 8 + sub);
   }
-  return static_cast<float>(total) * half_to_float(block + col * 2) -
-         static_cast<float>(mins) * half_to_float(block + 64 + col * 2);
+  return static_cast<float>(total) * half(block + col * 2) - static_cast<float>(mins) * half(block + 64 + col * 2);
 }
 
 float dot_q6(const uint8_t* block, const BlockActivations& a, int col) {
@@ -108,7 +87,7 @@ float dot_q6(const uint8_t* block, const BlockActivations& a, int col) {
     total += part * scale;
     offset += a.sum16[sub] * scale;
   }
-  return static_cast<float>(total - 32 * offset) * half_to_float(block + col * 2);
+  return static_cast<float>(total - 32 * offset) * half(block + col * 2);
 }
 
 template <typename Dot>
@@ -143,7 +122,7 @@ void vec_q8(const VecArgs& args) {
             const uint8_t* at = block + kQ8_0CodesOffset + (col / 16) * 1024 + (k / 4) * 64 + (col % 16) * 4 + k % 4;
             part += static_cast<int8_t>(*at) * q[i];
           }
-          total += static_cast<float>(part) * half_to_float(block + sub * 64 + col * 2) * a[step / 4].scale;
+          total += static_cast<float>(part) * half(block + sub * 64 + col * 2) * a[step / 4].scale;
         }
       }
       c[col] = total;

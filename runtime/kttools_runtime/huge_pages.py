@@ -7,8 +7,6 @@ nothing changes but speed. What is in the cache already keeps its size until it 
 
 import contextlib
 import mmap
-import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,9 +20,8 @@ LEAST_FILE_BYTES = 64 << 20
 
 def ask_for_huge_pages(mapping: mmap.mmap) -> None:
     """Pages that are not in memory yet come in huge pages from now on, where the file system can."""
-    if len(mapping) >= LEAST_FILE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them says EINVAL
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+    if len(mapping) >= LEAST_FILE_BYTES:
+        _advise(mapping)
 
 
 def huge_memory(size: int) -> np.ndarray:
@@ -34,9 +31,7 @@ def huge_memory(size: int) -> np.ndarray:
         mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise ResourceError(f"cannot map {size >> 20} MiB: {error}") from None
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+    _advise(mapping)
     raw = np.frombuffer(mapping, dtype=np.uint8)
     start = -raw.ctypes.data % HUGE_PAGE
     return raw[start : start + size]
@@ -50,25 +45,7 @@ def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     return memory.copy_(tensor)
 
 
-def mapped_bytes(suffix: str, smaps: Path = Path("/proc/self/smaps")) -> tuple[int, int] | None:
-    """(resident, of these in huge pages) over this process's mapped files whose names end so; None where
-    Linux does not say."""
-    try:
-        text = smaps.read_text(errors="replace")
-    except OSError:
-        return None
-    resident = huge = 0
-    is_ours = False
-    for line in text.splitlines():
-        first, *rest = line.split(maxsplit=1)
-        if re.fullmatch(r"[0-9a-f]+-[0-9a-f]+", first):
-            is_ours = line.endswith(suffix)
-        elif is_ours and first == "Rss:":
-            resident += _kibibytes(rest)
-        elif is_ours and first == "FilePmdMapped:":
-            huge += _kibibytes(rest)
-    return resident, huge
-
-
-def _kibibytes(rest: list[str]) -> int:
-    return int(rest[0].split()[0]) << 10
+def _advise(mapping: mmap.mmap) -> None:
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them says EINVAL
+            mapping.madvise(mmap.MADV_HUGEPAGE)

@@ -30,15 +30,19 @@ class PackReader:
     def wait(self) -> None:
         """Until all is read or stop() was called."""
         self._thread.join()
-        atexit.unregister(self.stop)
 
     def stop(self) -> None:
         """Ends the reading after the expert it is at (tens of megabytes) and waits for that."""
         self._is_stopped.set()
         self._thread.join()
-        atexit.unregister(self.stop)
 
     def _read(self) -> None:
+        try:
+            self._read_all()
+        finally:
+            atexit.unregister(self.stop)  # which would keep the layers for as long as the process lives
+
+    def _read_all(self) -> None:
         for index, layer in self._layers.items():
             unneeded = self._skip.get(index, ())
             for expert in range(layer.num_experts):

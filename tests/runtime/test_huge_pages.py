@@ -12,8 +12,8 @@ from kttools_runtime.huge_pages import (
     LEAST_FILE_BYTES,
     ask_for_huge_pages,
     in_huge_pages,
-    mapped_bytes,
 )
+from tests.memory import mapped
 
 SMAPS = """7f0000000000-7f0000400000 r--s 00000000 fe:00 12    /models/layer-00001.ktpack
 Size:               4096 kB
@@ -29,11 +29,11 @@ FilePmdMapped:         0 kB
 
 
 def test_counts_the_files_of_a_name(tmp_path: Path) -> None:
-    smaps = tmp_path / "smaps"
-    smaps.write_text(SMAPS)
-    assert mapped_bytes(".ktpack", smaps) == (3172 << 10, 2048 << 10)
-    assert mapped_bytes(".so.6", smaps) == (1024 << 10, 0)
-    assert mapped_bytes(".ktpack", tmp_path / "none") is None
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "smaps").write_text(SMAPS)
+    packs, library = mapped(7, ".ktpack", tmp_path), mapped(7, ".so.6", tmp_path)
+    assert (packs["Rss"], packs["FilePmdMapped"]) == (3172 << 10, 2048 << 10)
+    assert (library["Rss"], library["FilePmdMapped"]) == (1024 << 10, 0)
 
 
 @pytest.mark.skipif(

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 import kttools_runtime as kt
-from kttools_runtime.huge_pages import mapped_bytes
 from kttools_runtime.pack import read_pack_header
 from kttools_runtime.preload import PackReader
+from tests.memory import mapped
 
 
 class Layer:
@@ -66,8 +66,7 @@ def test_a_models_packs_are_mapped_whole(nano_bundle: Path, tmp_path: Path) -> N
 
 def resident(packs: list[Path]) -> int:
     """Bytes of these files that are mapped and in memory."""
-    found = [mapped_bytes(str(path)) for path in packs]
-    return sum(mapped[0] for mapped in found if mapped is not None)
+    return sum(mapped("self", str(path))["Rss"] for path in packs)
 
 
 def test_a_process_may_end_while_it_reads(nano_bundle: Path) -> None:
