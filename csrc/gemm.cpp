@@ -14,15 +14,14 @@ constexpr size_t kHugePage = 2 << 20;
 constexpr size_t kActivationsInL2 = 1 << 20;
 constexpr size_t kResultInL2 = 1 << 20;  // C of one run of strips
 constexpr int kMostStrips = 16;
-// K blocks: the block of a strip stays in L1 (48 KiB) for all rows. 8 k-steps (16 KiB) with C of one strip beside it;
-// 16 (32 KiB) where C comes from L2 anyway and half as often is better.
-constexpr int kBlockSteps = 8, kWideBlockSteps = 16;
-// 3 and 4 row tiles: C of all of them stays in L1, too.
-constexpr int kNarrowTiles = 4, kNarrowBlockSteps = 6;
-// Block by block: divides the 112 k-steps of 7168 features. Weights that are expanded come in units of up to 4 k-steps (256
-// inputs), which no K block may cut.
-constexpr int kOuterBlockSteps = 14;
-static_assert(kBlockSteps % 4 == 0 && kWideBlockSteps % 4 == 0, "K blocks of expanded weights");
+// K blocks: the block of a strip (16 KiB) stays in L1 (48 KiB) for all rows, beside C of two tiles and what was asked for of the
+// next block. Twice that where expanding weights should be shared by more rows; 14 k-steps where C of a whole run comes and goes
+// with every block.
+constexpr int kBlockSteps = 8, kWideBlockSteps = 16, kOuterBlockSteps = 14;
+constexpr int kWideTiles = 9;  // from so many row tiles on, expanded weights come in wide blocks
+// A core follows up to 32 streams and reads each some 20 lines ahead, within a page of 4 KiB. One stream is behind the
+// tiles again before memory answers; of eight, most lines are in L2 when they are asked for, and reading hides behind dot products.
+constexpr int kStreams = 8, kExpandedStreams = 4, kOuterStreams = 2;
 // Up to so many row tiles the first pass over a block asks for its lines one k-step ahead; with more, all passes ask for
 // the next block, evenly.
 constexpr int kNearTiles = 2;
@@ -30,14 +29,18 @@ constexpr int kNearTiles = 2;
 bool is_int4(const Weights& weights) { return weights.shape.info->k_group != 0; }
 bool is_expanded(const Weights& weights) { return weights.shape.info->is_expanded(); }
 
-size_t steps_offset(const StripShape& shape, int step) {
-  if (shape.info->is_block()) {
-    const int steps = block_inputs(shape.info->block_kind) / shape.info->k_per_step;
-    return static_cast<size_t>(step / steps) * static_cast<size_t>(block_bytes(shape.info->block_kind));
-  }
-  const int group = shape.info->k_group;
-  if (group == 0) return static_cast<size_t>(step) * kStripStepBytes;
-  return static_cast<size_t>(step / int4_block_steps(group)) * int4_block_bytes(group);
+// Where the K block at `place` begins in a strip, and how far apart its streams are.
+size_t place_offset(const StripShape& shape, const Tiling& tiling, int place) {
+  return static_cast<size_t>(tiling.step_at(place) / tiling.unit_steps) * shape.info->unit_bytes();
+}
+
+BStreams stored_streams(const StripShape& shape, const Tiling& tiling) {
+  const int units = tiling.k_steps / tiling.unit_steps;
+  return {tiling.streams, static_cast<size_t>(units / tiling.streams) * shape.info->unit_bytes()};
+}
+
+size_t steps_bytes(const StripShape& shape, const Tiling& tiling, int steps) {
+  return static_cast<size_t>(steps / tiling.unit_steps) * shape.info->unit_bytes();
 }
 
 void run_tiles(const KernelTable& kernels, Arithmetic arithmetic, const TileArgs& args) {
@@ -60,18 +63,36 @@ void vector_strip(const KernelTable& kernels, Arithmetic arithmetic, const Weigh
   }
 }
 
-// The weights of k-steps [step, step + steps) of a strip as int8 or bf16 tiles: in place, or expanded.
-const uint8_t* tile_weights(const KernelTable& kernels, const Weights& weights, int strip, int step, int steps,
-                            GemmScratch& scratch) {
-  const uint8_t* at = weights.strip(strip) + steps_offset(weights.shape, step);
-  if (!is_expanded(weights)) return at;
-  if (is_int4(weights)) {
-    kernels.unpack_s4(at, steps, weights.shape.info->k_group, scratch.expanded.bytes());
-  } else {
-    kernels.blocks->expand_s8(weights.shape.info->block_kind, at, steps, weights.scales + strip * kStripCols,
-                              scratch.expanded.bytes());
+// The `steps` k-steps of a K block as int8 or bf16 tiles: in place, or expanded and then in one stream.
+void set_weights(const KernelTable& kernels, const Weights& weights, int strip, const Tiling& tiling, int place,
+                 int steps, GemmScratch& scratch, TileArgs& args) {
+  const FormatInfo& info = *weights.shape.info;
+  const uint8_t* at = weights.strip(strip) + place_offset(weights.shape, tiling, place);
+  args.k_steps = steps;
+  args.b = at;
+  args.streams = stored_streams(weights.shape, tiling);
+  if (!info.is_expanded()) return;
+  const int each = tiling.streams > 1 ? tiling.unit_steps : steps;  // of a stream are one after the other
+  uint8_t* out = scratch.expanded.bytes();
+  for (int step = 0, stream = 0; step < steps; step += each, out += static_cast<size_t>(each) * kStripStepBytes) {
+    const uint8_t* from = at + stream * args.streams.stride;
+    if (info.is_block()) {
+      kernels.blocks->expand_s8(info.block_kind, from, each, weights.scales + strip * kStripCols, out);
+    } else {
+      kernels.unpack_s4(from, each, info.k_group, out);
+    }
+    if (++stream == tiling.streams) stream = 0, at += steps_bytes(weights.shape, tiling, each);
   }
-  return scratch.expanded.bytes();
+  args.b = scratch.expanded.bytes();
+  args.streams = {1, 0};
+}
+
+TileArgs tile_args(const Tiling& tiling, const StripShape& shape) {
+  TileArgs args = {};
+  args.tiles = tiling.tiles;
+  args.tile_rows = tiling.tile_rows;
+  args.prefetch_streams = stored_streams(shape, tiling);
+  return args;
 }
 
 // Strip by strip, each through all K blocks.
@@ -81,25 +102,21 @@ void strip_by_strip(const KernelTable& kernels, Arithmetic arithmetic, const Str
   const StripShape& shape = run.first->shape;
   const size_t step_bytes = static_cast<size_t>(tiling.padded_rows()) * kStepBytes;  // of A, all tiles
   const size_t c_bytes = static_cast<size_t>(tiling.padded_rows()) * kStripCols * 4;
-  TileArgs args = {};
-  args.tiles = tiling.tiles;
-  args.tile_rows = tiling.tile_rows;
+  TileArgs args = tile_args(tiling, shape);
   args.from_memory = tiling.tiles <= kNearTiles && !is_expanded(*run.first);
   for (int i = 0; i < run.size(); ++i) {
     args.c = scratch.c.bytes() + i * c_bytes;
     const uint8_t* next_strip = i + 1 < run.size() ? run.strip(i + 1) : next;
-    for (int step = 0; step < tiling.k_steps; step += tiling.block_steps) {
-      args.k_steps = std::min(tiling.block_steps, tiling.k_steps - step);
-      const int later = std::min(tiling.block_steps, tiling.k_steps - step - args.k_steps);
+    for (int place = 0; place < tiling.k_steps; place += tiling.block_steps) {
+      const int now = std::min(tiling.block_steps, tiling.k_steps - place);
+      const int later = std::min(tiling.block_steps, tiling.k_steps - place - now);
       if (!args.from_memory) {
-        const size_t offset = steps_offset(shape, step + args.k_steps);
-        args.prefetch_b = later ? run.strip(i) + offset : next_strip;
-        args.prefetch_b_bytes =
-            later ? steps_offset(shape, step + args.k_steps + later) - offset : steps_offset(shape, tiling.block_steps);
+        args.prefetch_b = later ? run.strip(i) + place_offset(shape, tiling, place + now) : next_strip;
+        args.prefetch_b_bytes = steps_bytes(shape, tiling, later ? later : tiling.block_steps);
       }
-      args.a = a.data + step * step_bytes;
-      args.b = tile_weights(kernels, run.weights(i), run.index(i), step, args.k_steps, scratch);
-      args.accumulate = step > 0;
+      args.a = a.data + place * step_bytes;
+      args.accumulate = place > 0;
+      set_weights(kernels, run.weights(i), run.index(i), tiling, place, now, scratch, args);
       run_tiles(kernels, arithmetic, args);
     }
   }
@@ -112,26 +129,23 @@ void block_by_block(const KernelTable& kernels, Arithmetic arithmetic, const Str
   const StripShape& shape = run.first->shape;
   const size_t step_bytes = static_cast<size_t>(tiling.padded_rows()) * kStepBytes;
   const size_t c_bytes = static_cast<size_t>(tiling.padded_rows()) * kStripCols * 4;
-  for (int step = 0; step < tiling.k_steps; step += tiling.block_steps) {
-    const int now = std::min(tiling.block_steps, tiling.k_steps - step);
-    const int later = std::min(tiling.block_steps, tiling.k_steps - step - now);
-    TileArgs args = {};
-    args.a = a.data + step * step_bytes;
-    args.tiles = tiling.tiles;
-    args.tile_rows = tiling.tile_rows;
-    args.k_steps = now;
-    args.accumulate = step > 0;
+  TileArgs args = tile_args(tiling, shape);
+  for (int place = 0; place < tiling.k_steps; place += tiling.block_steps) {
+    const int now = std::min(tiling.block_steps, tiling.k_steps - place);
+    const int later = std::min(tiling.block_steps, tiling.k_steps - place - now);
+    args.a = a.data + place * step_bytes;
+    args.accumulate = place > 0;
     // The next A block follows this one; every strip asks for its share of it.
     args.prefetch_a_bytes = round_up(later * step_bytes / run.size(), 64);
     for (int i = 0; i < run.size(); ++i) {
-      args.b = tile_weights(kernels, run.weights(i), run.index(i), step, now, scratch);
       args.c = scratch.c.bytes() + i * c_bytes;
       const bool last = i + 1 == run.size();
-      const int next_step = last ? step + now : step;
-      const size_t next_offset = steps_offset(shape, next_step);
-      args.prefetch_b = run.strip(last ? 0 : i + 1) + next_offset;
-      args.prefetch_b_bytes = steps_offset(shape, next_step + (last ? later : now)) - next_offset;
+      args.prefetch_b = last && !later
+                            ? nullptr
+                            : run.strip(last ? 0 : i + 1) + place_offset(shape, tiling, last ? place + now : place);
+      args.prefetch_b_bytes = steps_bytes(shape, tiling, last ? later : now);
       args.prefetch_a = args.a + now * step_bytes + i * args.prefetch_a_bytes;
+      set_weights(kernels, run.weights(i), run.index(i), tiling, place, now, scratch, args);
       run_tiles(kernels, arithmetic, args);
     }
   }
@@ -182,16 +196,25 @@ void Buffer::reserve(size_t bytes) {
   bytes_ = wanted;
 }
 
-Tiling::Tiling(int rows, int steps, bool expanded) : k_steps(steps), block_steps(steps) {
+Tiling::Tiling(int rows, const StripShape& weights)
+    : k_steps(weights.k_steps()), block_steps(k_steps), streams(1), unit_steps(weights.info->unit_steps()) {
+  const bool expanded = weights.info->is_expanded();
   tiles = static_cast<int>(round_up(rows, kTileRows) / kTileRows);
   tile_rows = (rows + tiles - 1) / tiles;
   in_l2 = bytes() <= kActivationsInL2;
-  if (!in_l2) {
-    block_steps = std::min(steps, expanded ? kWideBlockSteps : kOuterBlockSteps);
-  } else if (tiles > 2 || expanded) {
-    const bool narrow = tiles <= kNarrowTiles && !expanded;
-    block_steps = std::min(steps, narrow ? kNarrowBlockSteps : tiles > 8 ? kWideBlockSteps : kBlockSteps);
-  }
+  if (in_l2 && tiles <= kNearTiles && !expanded) return;  // one pass over a strip: memory order
+  const int narrow = in_l2 ? kBlockSteps : kOuterBlockSteps;
+  const int steps = !expanded || (in_l2 && tiles < kWideTiles) ? narrow : kWideBlockSteps;
+  const int most = expanded ? kExpandedStreams : in_l2 ? kStreams : kOuterStreams;
+  const int units = k_steps / unit_steps;
+  for (streams = std::max(1, std::min(most, steps / unit_steps)); units % streams != 0;) --streams;
+  const int row_steps = streams * unit_steps;
+  block_steps = std::min(k_steps, steps / row_steps * row_steps);
+}
+
+int Tiling::step_at(int place) const {
+  const int unit = place / unit_steps, units = k_steps / unit_steps;
+  return (unit % streams * (units / streams) + unit / streams) * unit_steps + place % unit_steps;
 }
 
 void Tiling::scatter(const uint8_t* const* rows, int first, int count, uint8_t* tiles_out) const {
@@ -205,7 +228,8 @@ void Tiling::scatter(const uint8_t* const* rows, int first, int count, uint8_t* 
     uint8_t* out = tiles_out + static_cast<size_t>(step) * padded_rows() * kStepBytes +
                    (static_cast<size_t>(pair) * 2 * tile_rows * now + in_pair) * kStepBytes;
     for (int i = step; i < step + now; ++i, out += static_cast<size_t>(pair_rows) * kStepBytes) {
-      for (int r = 0; r < together; ++r) std::memcpy(out + r * kStepBytes, rows[r] + i * kStepBytes, kStepBytes);
+      const int from = step_at(i);
+      for (int r = 0; r < together; ++r) std::memcpy(out + r * kStepBytes, rows[r] + from * kStepBytes, kStepBytes);
     }
   }
 }
@@ -221,7 +245,7 @@ void prefetch_added(const StripSink& sink, int first_row, int rows, int begin, i
 }
 
 void reserve_gemm_scratch(GemmScratch& scratch, const StripShape& shape, int rows) {
-  const Tiling tiling(rows, shape.k_steps(), shape.info->is_expanded());
+  const Tiling tiling(rows, shape);
   const size_t c_rows = std::max(rows, tiling.padded_rows());
   // A smaller segment takes more strips at a time: room for the most, whatever the rows.
   scratch.c.reserve(std::max(kResultInL2 + kMostStrips * kTileRows * kStripCols * 4, 2 * c_rows * kStripCols * 4));

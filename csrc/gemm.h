@@ -47,19 +47,23 @@ enum class Arithmetic {
 };
 
 // How `rows` rows are cut into tiles of equal height, and K into blocks. Two tiles share their B tiles; the last may be
-// alone. Memory order: [K block][pair of tiles][k-step][row of the pair][64 B].
+// alone. The units of a strip (layout.h) form `streams` of equal length, which K blocks walk side by side: their first
+// units, then their second ones. Memory order: [K block][pair of tiles][k-step][row of the pair][64 B].
 struct Tiling {
   int tiles;
   int tile_rows;
   int k_steps;
-  int block_steps;
+  int block_steps;  // whole units of all streams
+  int streams;
+  int unit_steps;
   bool in_l2;  // all of K at once; else K blocks go by while C waits in L2
 
   Tiling() = default;
-  // expanded: the weights are unpacked (int4) before they are multiplied.
-  Tiling(int rows, int k_steps, bool expanded);
+  Tiling(int rows, const StripShape& weights);
   int padded_rows() const { return tiles * tile_rows; }
   size_t bytes() const { return static_cast<size_t>(padded_rows()) * k_steps * kStepBytes; }
+  // Where the k-step at this place of the order above is in a row or, if it begins a unit, in a strip.
+  int step_at(int place) const;
   // Copies rows [first, first + count), k_steps x 64 bytes each, to their places.
   void scatter(const uint8_t* const* rows, int first, int count, uint8_t* tiles_out) const;
 };

@@ -41,6 +41,13 @@ struct VecArgs {
   bool accumulate;  // add to c instead of overwriting it
 };
 
+// The k-steps of a K block lie in `count` streams of equal length, `stride` bytes apart: the first k-step of every stream, then the
+// second of every stream. One stream is plain memory order.
+struct BStreams {
+  int count;
+  size_t stride;
+};
+
 // Activations as pairs of tiles of equal height (one tile alone if there is only one): pair i is
 // [k-step][rows of the pair][64 bytes], pairs follow each other. One K block of one strip.
 struct TileArgs {
@@ -48,12 +55,14 @@ struct TileArgs {
   int tiles;
   int tile_rows;
   const uint8_t* b;
+  BStreams streams;  // where the k-steps of b lie
   int k_steps;
   void* c;  // [tiles * tile_rows][32] int32 or float
   bool accumulate;
   bool from_memory;           // b may be in no cache: the first pass asks for it one k-step ahead
   const uint8_t* prefetch_b;  // weights wanted next, touched evenly; may be null
-  size_t prefetch_b_bytes;
+  BStreams prefetch_streams;
+  size_t prefetch_b_bytes;    // of all streams together
   const uint8_t* prefetch_a;  // the next K block of the activations: one run of prefetch_a_bytes
   size_t prefetch_a_bytes;
 };

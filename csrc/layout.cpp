@@ -75,19 +75,14 @@ ExpertFormat expert_format_by_name(const std::string& name) {
   return format_by_name(name).format;
 }
 
-int StripShape::k_padded() const {
-  if (info->is_block()) return static_cast<int>(round_up(k, block_inputs(info->block_kind)));
-  const int unit = info->k_group > info->k_per_step ? info->k_group : info->k_per_step;
-  return static_cast<int>(round_up(k, unit));
+int FormatInfo::unit_inputs() const {
+  if (is_block()) return block_inputs(block_kind);
+  return k_group > k_per_step ? k_group : k_per_step;
 }
 
-size_t StripShape::strip_bytes() const {
-  if (info->is_block()) {
-    const int inputs = block_inputs(info->block_kind);
-    return static_cast<size_t>(k_padded() / inputs) * static_cast<size_t>(block_bytes(info->block_kind));
-  }
-  if (info->k_group == 0) return static_cast<size_t>(k_steps()) * kStripStepBytes;
-  return static_cast<size_t>(k_steps() / int4_block_steps(info->k_group)) * int4_block_bytes(info->k_group);
+size_t FormatInfo::unit_bytes() const {
+  if (is_block()) return static_cast<size_t>(block_bytes(block_kind));
+  return static_cast<size_t>(k_group ? int4_block_bytes(k_group) : kStripStepBytes);
 }
 
 ExpertShape::ExpertShape(ExpertFormat format, int hidden_size, int moe_intermediate_size)

@@ -33,6 +33,10 @@ struct FormatInfo {
   bool is_block() const { return block_kind != BlockKind::kNone; }
   // Whether tiles have to be made of the stored weights before they can be multiplied.
   bool is_expanded() const { return k_group != 0 || is_block(); }
+  // A strip is a row of units, none of which can be read in part: a k-step, a group of int4, a block.
+  int unit_inputs() const;
+  int unit_steps() const { return unit_inputs() / k_per_step; }
+  size_t unit_bytes() const;  // for the 32 columns of a strip
 };
 
 const std::vector<FormatInfo>& formats();        // what weights can be quantised to
@@ -67,9 +71,9 @@ struct StripShape {
   const FormatInfo* info;
 
   int strips() const { return static_cast<int>(round_up(n, kStripCols) / kStripCols); }
-  int k_padded() const;
+  int k_padded() const { return static_cast<int>(round_up(k, static_cast<size_t>(info->unit_inputs()))); }
   int k_steps() const { return k_padded() / info->k_per_step; }
-  size_t strip_bytes() const;
+  size_t strip_bytes() const { return static_cast<size_t>(k_padded() / info->unit_inputs()) * info->unit_bytes(); }
   size_t bytes() const { return strips() * strip_bytes(); }
   bool has_scales() const { return info->format != Format::kBf16; }  // one per row
 };

@@ -190,7 +190,7 @@ void PackedLinear::multiply(Engine& engine, const Weights& first, const Weights*
   const int matrices = second ? 2 : 1;
   const Arithmetic arithmetic = arithmetic_for(kernels, *shape.info, x, x.rows);
   const bool tiled = uses_tiles(kernels, arithmetic, x.rows);
-  const Tiling tiling(x.rows, shape.k_steps(), shape.info->is_expanded());
+  const Tiling tiling(x.rows, shape);
   StageNeeds needs;
   needs.add(arithmetic);
   reserve_stage(engine.stage, needs, x.rows, x.cols);

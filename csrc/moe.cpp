@@ -241,8 +241,8 @@ ExpertLayer::Plan ExpertLayer::make_plan(const Input& x, const Routing& routing)
       s.arithmetic = arithmetic_for(kernels, info, x, s.rows);
       s.tiled = uses_tiles(kernels, s.arithmetic, s.rows);
       s.gathered = s.tiled || s.rows > 2;  // two rows are two tokens at some distance: a stride
-      s.gate_up_tiling = Tiling(s.rows, expert.gate_up.shape.k_steps(), info.is_expanded());
-      s.down_tiling = Tiling(s.rows, expert.down.shape.k_steps(), info.is_expanded());
+      s.gate_up_tiling = Tiling(s.rows, expert.gate_up.shape);
+      s.down_tiling = Tiling(s.rows, expert.down.shape);
       s.input_offset = input_bytes;
       s.hidden_offset = hidden_bytes;
       if (s.gathered) {

@@ -57,21 +57,29 @@ void tile_release() {
 // C of so many row tiles is still in L1 from the last K block. Asking for it all the same costs a tenth at 64 rows.
 constexpr int kTilesInL1 = 4;
 
-// Lines asked for evenly: some with every k-step.
+// Lines asked for evenly: some with every k-step, a line of every stream in turn.
 template <int Hint>
 struct Paced {
   const char* at;
-  const char* end;
+  int left;  // lines
   int per_step;
+  BStreams streams;
+  int stream = 0;
 
-  Paced(const void* begin, size_t bytes, int steps)
-      : at(static_cast<const char*>(begin)), end(begin ? at + bytes : at), per_step(0) {
-    const int lines = static_cast<int>((end - at + 63) / 64);
-    if (steps > 0) per_step = (lines + steps - 1) / steps;
+  Paced(const void* begin, size_t bytes, int steps, BStreams from = {1, 0})
+      : at(static_cast<const char*>(begin)),
+        left(begin ? static_cast<int>((bytes + 63) / 64) : 0),
+        per_step(0),
+        streams(from) {
+    if (steps > 0) per_step = (left + steps - 1) / steps;
   }
 
   inline void step() {
-    for (int i = 0; i < per_step && at < end; ++i, at += 64) _mm_prefetch(at, static_cast<_mm_hint>(Hint));
+    for (int i = 0; i < per_step && left > 0; ++i, --left) {
+      _mm_prefetch(at, static_cast<_mm_hint>(Hint));
+      at += streams.stride;
+      if (++stream == streams.count) stream = 0, at += 64 - static_cast<ptrdiff_t>(streams.count * streams.stride);
+    }
   }
 };
 
@@ -115,7 +123,7 @@ inline void load_c(bool accumulate, const char* c0, const char* c1, size_t strid
 // Two row tiles (one without WithA1) x two column tiles over all k-steps. Activations are loaded past L1 (the stream hint),
 // which is left to the weights: every pass uses them again.
 template <typename Type, bool WithA1, bool Near>
-inline void tile_pass(const TileArgs& args, const uint8_t* a, char* c, Paced<_MM_HINT_T1>& ahead_b,
+inline void tile_pass(const TileArgs& args, const uint8_t* a, char* c, Paced<_MM_HINT_T0>& ahead_b,
                       Paced<_MM_HINT_T1>& ahead_a) {
   const size_t c_stride = kStripCols * 4;
   const size_t tile_bytes = static_cast<size_t>(args.tile_rows) * kStepBytes;
@@ -125,7 +133,8 @@ inline void tile_pass(const TileArgs& args, const uint8_t* a, char* c, Paced<_MM
   const bool asks_c = args.accumulate && !Near && args.tiles > kTilesInL1;
   Paced<_MM_HINT_T0> next_c(c + c_bytes, asks_c ? c_bytes : 0, args.k_steps);
   const uint8_t* b = args.b;
-  for (int step = 0; step < args.k_steps; ++step) {
+  const ptrdiff_t back = kStripStepBytes - static_cast<ptrdiff_t>(args.streams.count * args.streams.stride);
+  for (int step = 0, stream = 0; step < args.k_steps; ++step) {
     _tile_loadd(6, b, 64);
     if (Near) near_lines<0>(b);
     _tile_stream_loadd(4, a, 64);
@@ -147,7 +156,8 @@ inline void tile_pass(const TileArgs& args, const uint8_t* a, char* c, Paced<_MM
       next_c.step();
     }
     a += tile_bytes;
-    b += kStripStepBytes;
+    b += args.streams.stride;
+    if (++stream == args.streams.count) stream = 0, b += back;
   }
   _tile_stored(0, c, c_stride);
   _tile_stored(1, c + 64, c_stride);
@@ -160,7 +170,7 @@ inline void tile_pass(const TileArgs& args, const uint8_t* a, char* c, Paced<_MM
 template <typename Type>
 inline void tile_gemm(const TileArgs& args) {
   const int steps = (args.tiles + 1) / 2 * args.k_steps;
-  Paced<_MM_HINT_T1> ahead_b(args.prefetch_b, args.prefetch_b_bytes, steps);
+  Paced<_MM_HINT_T0> ahead_b(args.prefetch_b, args.prefetch_b_bytes, steps, args.prefetch_streams);
   Paced<_MM_HINT_T1> ahead_a(args.prefetch_a, args.prefetch_a_bytes, steps);
   const size_t pair_rows = 2 * static_cast<size_t>(args.tile_rows);
   const uint8_t* a = args.a;
