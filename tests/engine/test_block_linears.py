@@ -8,7 +8,7 @@ from tests.engine import ggml_blocks as blocks
 from tests.engine import reference as ref
 
 # Outputs that do not fill strips; inputs that fill blocks of 256, of Q8_0 alone not steps of 64 either.
-SIZES = {"q4_k": (70, 768), "q5_k": (33, 512), "q6_k": (100, 256), "q8_0": (65, 352)}
+SIZES = {"q4_k": (70, 768), "q5_k": (33, 512), "q6_k": (100, 768), "q8_0": (65, 352)}
 KINDS = tuple(SIZES)
 FEW_ROWS = (1, 2, 3, 4)
 MANY_ROWS = (9, 33)
@@ -74,9 +74,11 @@ def test_many_rows(isa: str, kind: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_more_rows_than_the_caches_hold(isa: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("inputs", "count"), [(4352, 300), (4096, 300), (2048, 150)], ids=["one stream", "four", "two"]
+)
+def test_more_rows_than_the_caches_hold(isa: str, kind: str, inputs: int, count: int) -> None:
     """K goes by in blocks then (csrc/gemm.cpp), no unit of ggml is cut, a row is on its own."""
-    inputs, count = 4352, 300  # 1.3 MB of activations, 17 blocks of 256
     rng = np.random.default_rng(8)
     rows = blocks.random_rows(rng, kind, 40, inputs)
     matrix = _kernels.PackedLinear.from_blocks(_kernels.Engine(2, isa), kind, rows, inputs)

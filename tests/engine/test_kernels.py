@@ -2,7 +2,8 @@
 
 Tolerances are carried element by element in reference.py. The sweeps pass every remainder of the kernels: 1
 to 40 rows (tile heights, one and two tiles, the vector kernels), the borders at 64 and 512 rows, N beside
-multiples of 16 and 32, K beside multiples of 32, 64 and 128, and M x K beyond one block of activations.
+multiples of 16 and 32, K beside multiples of 32, 64 and 128, every number of streams, and M x K beyond one
+block of activations.
 """
 
 import numpy as np
@@ -124,6 +125,14 @@ def test_linear_rows(isa: str, name: str) -> None:
     engine = _kernels.Engine(2, isa)
     check_linear(engine, name, 40, 130, ROWS)
     check_linear(engine, name, 70, 2400, [512, 520])  # K in blocks
+
+
+@pytest.mark.parametrize("name", ref.FORMATS)
+def test_weights_in_streams(isa: str, name: str) -> None:
+    """More than two row tiles read a strip in as many streams as divide its k-steps, at most eight."""
+    engine = _kernels.Engine(2, isa)
+    for k_steps in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 15, 16, 20, 22, 24, 36):
+        check_linear(engine, name, 40, k_steps * 64 - 3, [33, 49, 70, 150])
 
 
 @pytest.mark.parametrize("name", ref.EXACT)
