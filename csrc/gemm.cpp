@@ -10,7 +10,7 @@ namespace kt {
 namespace {
 
 constexpr size_t kHugePage = 2 << 20;
-// A block of activations must stay in L2 (2 MiB on Sapphire Rapids and later) beside two strips of weights and C.
+// Activations that must stay in L2 (2 MiB on Sapphire Rapids and later) beside C and the weights that pass.
 constexpr size_t kActivationsInL2 = 1 << 20;
 constexpr size_t kResultInL2 = 1 << 20;  // C of one run of strips
 constexpr int kMostStrips = 16;
@@ -249,7 +249,7 @@ void reserve_gemm_scratch(GemmScratch& scratch, const StripShape& shape, int row
   const size_t c_rows = std::max(rows, tiling.padded_rows());
   // A smaller segment takes more strips at a time: room for the most, whatever the rows.
   scratch.c.reserve(std::max(kResultInL2 + kMostStrips * kTileRows * kStripCols * 4, 2 * c_rows * kStripCols * 4));
-  if (shape.info->is_expanded()) scratch.expanded.reserve(static_cast<size_t>(shape.k_steps()) * kStripStepBytes);
+  if (shape.info->is_expanded()) scratch.expanded.reserve(kWideBlockSteps * kStripStepBytes);
 }
 
 int most_strips(int rows) {

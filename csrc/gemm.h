@@ -88,7 +88,7 @@ struct Weights {
 
 constexpr int kGatherRows = 16;  // rows that go into tiles together: their lines lie side by side there
 
-// Per-thread memory of the GEMM: the C block and an int4 strip expanded to int8.
+// Per-thread memory of the GEMM: C of a run and a K block of expanded weights.
 struct GemmScratch {
   Buffer c;
   Buffer expanded;
