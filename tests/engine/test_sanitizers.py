@@ -29,7 +29,10 @@ FLAGS = {
 }
 PLANTED = {
     "address,undefined": "int main(int n, char**) { int v[4] = {}; return v[n + 3]; }",
-    "thread": "#include <thread>\nint x; int main() { std::thread t([] { ++x; }); ++x; t.join(); return 0; }",
+    "thread": (  # often enough that no scheduling hides it
+        "#include <thread>\nvolatile int x; void add() { for (int i = 0; i < 100000; ++i) x = x + 1; }\n"
+        "int main() { std::thread t(add); add(); t.join(); return 0; }"
+    ),
 }
 
 
