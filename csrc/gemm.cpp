@@ -205,7 +205,11 @@ Tiling::Tiling(int rows, const StripShape& weights)
   if (in_l2 && tiles <= kNearTiles && !expanded) return;  // one pass over a strip: memory order
   const int narrow = in_l2 ? kBlockSteps : kOuterBlockSteps;
   const int steps = !expanded || (in_l2 && tiles < kWideTiles) ? narrow : kWideBlockSteps;
-  const int most = expanded ? kExpandedStreams : in_l2 ? kStreams : kOuterStreams;
+  // Sums of floats keep K's order: a row's bits do not depend on how many rows there are.
+  const int most = weights.info->format == Format::kBf16 ? 1
+                   : expanded                            ? kExpandedStreams
+                   : in_l2                               ? kStreams
+                                                         : kOuterStreams;
   const int units = k_steps / unit_steps;
   for (streams = std::max(1, std::min(most, steps / unit_steps)); units % streams != 0;) --streams;
   const int row_steps = streams * unit_steps;
