@@ -63,36 +63,33 @@ void vector_strip(const KernelTable& kernels, Arithmetic arithmetic, const Weigh
   }
 }
 
-// The `steps` k-steps of a K block as int8 or bf16 tiles: in place, or expanded and then in one stream.
-void set_weights(const KernelTable& kernels, const Weights& weights, int strip, const Tiling& tiling, int place,
-                 int steps, GemmScratch& scratch, TileArgs& args) {
-  const FormatInfo& info = *weights.shape.info;
-  const uint8_t* at = weights.strip(strip) + place_offset(weights.shape, tiling, place);
-  args.k_steps = steps;
-  args.b = at;
-  args.streams = stored_streams(weights.shape, tiling);
-  if (!info.is_expanded()) return;
-  const int each = tiling.streams > 1 ? tiling.unit_steps : steps;  // of a stream are one after the other
-  uint8_t* out = scratch.expanded.bytes();
-  for (int step = 0, stream = 0; step < steps; step += each, out += static_cast<size_t>(each) * kStripStepBytes) {
-    const uint8_t* from = at + stream * args.streams.stride;
-    if (info.is_block()) {
-      kernels.blocks->expand_s8(info.block_kind, from, each, weights.scales + strip * kStripCols, out);
-    } else {
-      kernels.unpack_s4(from, each, info.k_group, out);
-    }
-    if (++stream == tiling.streams) stream = 0, at += steps_bytes(weights.shape, tiling, each);
-  }
-  args.b = scratch.expanded.bytes();
-  args.streams = {1, 0};
-}
-
 TileArgs tile_args(const Tiling& tiling, const StripShape& shape) {
   TileArgs args = {};
   args.tiles = tiling.tiles;
   args.tile_rows = tiling.tile_rows;
   args.prefetch_streams = stored_streams(shape, tiling);
+  args.streams = shape.info->is_expanded() ? BStreams{1, 0} : args.prefetch_streams;
   return args;
+}
+
+// The `steps` k-steps of a K block as int8 or bf16 tiles: in place, or expanded unit by unit.
+void set_weights(const KernelTable& kernels, const Weights& weights, int strip, const Tiling& tiling, int place,
+                 int steps, GemmScratch& scratch, TileArgs& args) {
+  const FormatInfo& info = *weights.shape.info;
+  const uint8_t* stored = weights.strip(strip) + place_offset(weights.shape, tiling, place);
+  args.k_steps = steps;
+  args.b = info.is_expanded() ? scratch.expanded.bytes() : stored;
+  if (!info.is_expanded()) return;
+  uint8_t* out = scratch.expanded.bytes();
+  for (int unit = 0; unit < steps / tiling.unit_steps; ++unit, out += tiling.unit_steps * kStripStepBytes) {
+    const uint8_t* at =
+        stored + unit % tiling.streams * args.prefetch_streams.stride + unit / tiling.streams * info.unit_bytes();
+    if (info.is_block()) {
+      kernels.blocks->expand_s8(info.block_kind, at, tiling.unit_steps, weights.scales + strip * kStripCols, out);
+    } else {
+      kernels.unpack_s4(at, tiling.unit_steps, info.k_group, out);
+    }
+  }
 }
 
 // Strip by strip, each through all K blocks.
